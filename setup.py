@@ -1,0 +1,35 @@
+"""Package definition of tvae-kernels: the topographic layer (core) and the Topographic VAEs built on it (extra `train`)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tvae-kernels",
+    version="0.1.0",
+    description="Fused Triton kernels for the topographic layer of Topographic VAEs, and the models that live on it",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["tvae_kernels", "tvae", "tvae.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        # The wheels of torch for Linux bring Triton already; elsewhere the package falls back to plain PyTorch.
+        'triton>=3.2; platform_system == "Linux" and platform_machine == "x86_64"',
+    ],
+    extras_require={
+        "train": [
+            "torchvision",
+            "lightning-fabric>=2.4",
+            "torchmetrics>=1.5",
+            "safetensors>=0.4",
+            "tensorboard>=2.17",
+            "matplotlib>=3.8",
+            "tyro>=0.9",
+            "rich>=13",
+        ],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff"],
+        "bench": ["pytest-benchmark>=4"],
+    },
+    entry_points={"console_scripts": ["tvae = tvae.cli:main"]},
+)
