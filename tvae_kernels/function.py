@@ -1,0 +1,199 @@
+"""`topographic`: input checks, type promotion, the choice of a backend, and the `torch.autograd.Function` behind it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import fallback, reference
+from .neighborhood import Neighborhood
+from .reference import compute_dtype
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+BACKEND_VARIABLE = "TVAE_KERNELS_BACKEND"
+
+
+class BackendUnavailableError(RuntimeError):
+    """The requested backend cannot run here; the message says why and what to use instead."""
+
+
+def topographic(
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor | float = 0.0,
+    neighborhood: Neighborhood = Neighborhood(),  # noqa: B008 - frozen
+    weights: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Topographic Student's-t variables from Gaussian ones (Keller & Welling 2021, Eq. 6 to 9 and 11).
+
+        v[b,l,c,d] = Σ_{i,k} w[i,k] · u[b, l+i, c, d + shift·i + k]²
+        t[b,l,c,d] = (z[b,l,c,d] - mu) / sqrt(v[b,l,c,d] + eps)
+
+    Equivalent, for circular boundaries, to::
+
+        v = sum(
+            w[a, b] * u.square().roll((-i, -(neighborhood.shift * i + k)), dims=(1, 3))
+            for a, i in enumerate(neighborhood.time_taps)
+            for b, k in enumerate(neighborhood.capsule_taps)
+        )
+        t = (z - mu) / torch.sqrt(v + eps)
+
+    with one pass over memory instead of one a tap. Sums are accumulated in float32, for float64 inputs in float64.
+    Differentiable, any number of times, in `z`, `u`, `mu` and `weights`. Under autocast it runs in float32.
+
+    Args:
+        z: `(batch B, time S, capsule C, dim D)`, floating point.
+        u: the same shape; mixed types follow PyTorch's promotion.
+        mu: a number, or a tensor that broadcasts to `(C, D)`.
+        neighborhood: the taps `(i, k)`, the shift and the boundaries.
+        weights: `(W, K)`, non-negative (negative ones are not detected and may give NaN); None means ones.
+        eps: added inside the square root; 0 is legal and then `t` is not finite where `v` is 0.
+        backend: "auto" is Triton for GPU tensors and "torch" elsewhere, unless the environment variable
+            TVAE_KERNELS_BACKEND names another; "triton", "torch" or "reference" ask for one.
+
+    Returns:
+        `t`, of the shape of `z`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor (`mu`: or a number), or not a `Neighborhood`.
+        ValueError: shapes, devices, window sizes, `eps` or the backend's name do not fit.
+        BackendUnavailableError: the backend asked for cannot run on these tensors.
+
+    """
+    _check_tensors(z, u, mu, weights)
+    _check_values(z, neighborhood, weights, eps)
+    backend = resolve_backend(backend, z.device)
+
+    dtype = torch.result_type(z, u)
+    for other in (mu, weights):
+        if isinstance(other, Tensor):
+            dtype = torch.promote_types(dtype, torch.result_type(z, other))
+    if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
+        dtype = torch.float32
+    z, u = z.to(dtype), u.to(dtype)
+    mu = torch.as_tensor(mu, dtype=compute_dtype(dtype), device=z.device).expand(z.shape[2:])
+    weights = None if weights is None else weights.to(compute_dtype(dtype))
+
+    if backend == "reference":
+        return reference.topographic(z, u, mu, weights, neighborhood, eps)
+    return TopographicFunction.apply(z, u, mu, weights, neighborhood, eps, backend)
+
+
+class TopographicFunction(torch.autograd.Function):
+    """The operation with its hand-written gradient, on checked and promoted inputs; call `topographic`.
+
+    Inputs are `z` and `u` of shape `(B, S, C, D)` and one type, `mu` of shape `(C, D)` and `weights` of shape `(W, K)`
+    or None in the compute type, then the neighbourhood, `eps` and the backend, "triton" or "torch".
+    """
+
+    @staticmethod
+    def forward(ctx, z, u, mu, weights, neighborhood, eps, backend):
+        """Compute `t`; keep `r = (v + eps)^(-1/2)` where a gradient will be asked for."""
+        needs_r = any(ctx.needs_input_grad[:4])
+        if backend == "triton":
+            from . import kernels
+
+            t, r = kernels.forward(z, u, mu, weights, neighborhood, eps, save_r=needs_r)
+        else:
+            t, r = fallback.forward(z, u, mu, weights, neighborhood, eps)
+        if needs_r:
+            ctx.save_for_backward(z, u, mu, weights, r)
+        ctx.neighborhood, ctx.eps, ctx.backend = neighborhood, eps, backend
+        return t
+
+    @staticmethod
+    def backward(ctx, dt):
+        """The gradients of `z`, `u`, `mu` and `weights`."""
+        z, u, mu, weights, r = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: only the formula has one
+            gradients = reference.topographic_backward(dt, z, u, mu, weights, ctx.neighborhood, ctx.eps)
+        elif ctx.backend == "triton":
+            from . import kernels
+
+            gradients = kernels.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
+        else:
+            gradients = fallback.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
+        return *gradients, None, None, None
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that will run for tensors on `device`: "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: `backend`, or the environment variable that overrides "auto", names no backend.
+        BackendUnavailableError: it cannot run on this device.
+
+    """
+    source = "backend"
+    if backend == "auto" and BACKEND_VARIABLE in os.environ:
+        backend, source = os.environ[BACKEND_VARIABLE], f"the environment variable {BACKEND_VARIABLE}"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and _triton_installed() else "torch"
+    if backend == "triton":
+        _check_triton(device)
+    return backend
+
+
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_triton(device: torch.device) -> None:
+    advice = 'use backend="torch" or backend="auto"'
+    if not _triton_installed():
+        raise BackendUnavailableError(f"the triton backend needs the package triton, which is not installed: {advice}")
+    if device.type != "cuda":
+        from . import kernels
+
+        if not kernels.interpreted():
+            raise BackendUnavailableError(
+                f"the triton backend runs on GPU tensors, and these are on {str(device)!r}: {advice}, or set "
+                "TRITON_INTERPRET=1 before the first import to run the kernels through Triton's interpreter"
+            )
+
+
+def _check_tensors(z: Tensor, u: Tensor, mu: Tensor | float, weights: Tensor | None) -> None:
+    """Types, devices and shapes that do not depend on the neighbourhood."""
+    for name, x in (("z", z), ("u", u), ("mu", mu), ("weights", weights)):
+        if (name == "mu" and isinstance(x, Real)) or (name == "weights" and x is None):
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.device != z.device:
+            raise ValueError(f"{name} is on {x.device}, but z is on {z.device}")
+    if z.ndim != 4 or z.shape != u.shape:
+        raise ValueError(
+            f"z and u must have one shape (batch, time, capsule, dim), got {tuple(z.shape)} and {tuple(u.shape)}"
+        )
+    if isinstance(mu, Tensor) and not _broadcasts(mu.shape, z.shape[2:]):
+        raise ValueError(f"mu must broadcast to (capsule, dim) = {tuple(z.shape[2:])}, got {tuple(mu.shape)}")
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of `shape` can be expanded to `target`."""
+    tail = target[len(target) - len(shape) :]
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))
+
+
+def _check_values(z: Tensor, neighborhood: Neighborhood, weights: Tensor | None, eps: float) -> None:
+    if not isinstance(neighborhood, Neighborhood):
+        raise TypeError(f"neighborhood must be a Neighborhood, got {type(neighborhood).__name__}")
+    if not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
+    neighborhood.check_fits(time=z.shape[1], dim=z.shape[3])
+    expected = (neighborhood.time_window, neighborhood.capsule_window)
+    if weights is not None and tuple(weights.shape) != expected:
+        raise ValueError(
+            f"weights must have the shape (time_window, capsule_window) = {expected}, got {tuple(weights.shape)}"
+        )
