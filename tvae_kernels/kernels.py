@@ -160,10 +160,10 @@ def topographic_backward_kernel(
         g = tl.where(inside, -0.5 * dz_here * ((z_here - mu_here) * r_here) * r_here, 0.0)
         dw_parts += tl.program_id(0).to(tl.int64) * W * K
         for i in range(FIRST_I, FIRST_I + W):
-            row, row_inside = _moved(l, i, S, TIME_CIRCULAR)
+            row_tap, row_inside = _moved(l, i, S, TIME_CIRCULAR)
             for k in range(FIRST_K, FIRST_K + K):
-                column, column_inside = _moved(d, SHIFT * i + k, D, CAPSULE_CIRCULAR)
-                u_at = row.to(tl.int64) * u_stride_s + column.to(tl.int64) * u_stride_d
+                column_tap, column_inside = _moved(d, SHIFT * i + k, D, CAPSULE_CIRCULAR)
+                u_at = row_tap.to(tl.int64) * u_stride_s + column_tap.to(tl.int64) * u_stride_d
                 x = tl.load(u + u_at, mask=row_inside & column_inside, other=0.0).to(ACC)
                 tl.store(dw_parts + (i - FIRST_I) * K + (k - FIRST_K), tl.sum(g * x * x))
 
