@@ -1,12 +1,14 @@
 """Package definition of tvae-kernels: the topographic layer (core) and the Topographic VAEs built on it (extra `train`)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="tvae-kernels",
     version="0.1.0",
     description="Fused Triton kernels for the topographic layer of Topographic VAEs, and the models that live on it",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["tvae_kernels", "tvae", "tvae.*"]),
@@ -27,6 +29,7 @@ setup(
             "matplotlib>=3.8",
             "tyro>=0.9",
             "rich>=13",
+            "jaxtyping>=0.2.30",
         ],
         "test": ["pytest>=8", "hypothesis>=6", "ruff"],
         "bench": ["pytest-benchmark>=4"],

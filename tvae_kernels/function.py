@@ -79,7 +79,10 @@ def topographic(
         dtype = torch.float32
     z, u = z.to(dtype), u.to(dtype)
     mu = torch.as_tensor(mu, dtype=compute_dtype(dtype), device=z.device).expand(z.shape[2:])
-    weights = None if weights is None else weights.to(compute_dtype(dtype))
+    weights = None if weights is None else weights.to(compute_dtype(dtype)).contiguous()
+    eps = float(eps)
+    if not torch.is_grad_enabled():  # which TopographicFunction cannot see: it would keep r for a parameter
+        z, u, mu, weights = (x if x is None else x.detach() for x in (z, u, mu, weights))
 
     if backend == "reference":
         return reference.topographic(z, u, mu, weights, neighborhood, eps)

@@ -29,11 +29,11 @@ def shifted(x: Tensor, time: int, capsule: int, neighborhood: Neighborhood) -> T
     rolls = {}
     crop_and_pad = [0] * 6  # of the last three axes, last first: (capsule start, end, -, -, time start, end)
     if neighborhood.time_boundary == "circular":
-        rolls[1] = -time
+        rolls[1] = -time % steps
     else:
         crop_and_pad[4:6] = _crop_start_pad_end(time, steps)
     if neighborhood.capsule_boundary == "circular":
-        rolls[3] = -capsule
+        rolls[3] = -capsule % dim
     else:
         crop_and_pad[0:2] = _crop_start_pad_end(capsule, dim)
     if any(rolls.values()):

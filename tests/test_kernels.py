@@ -1,0 +1,131 @@
+"""What only the Triton kernels can get wrong: memory nobody writes, what is kept, offsets and devices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import Problem, assert_within
+
+from tvae_kernels import Neighborhood, TopographicLayer, topographic
+
+kernels = pytest.importorskip("tvae_kernels.kernels", exc_type=ImportError)
+
+
+class NeverWrites:
+    """A kernel that returns at once, whatever its grid and its arguments."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+def test_an_element_nobody_writes_would_show(triton, monkeypatch, device):
+    """The `triton` fixture, under which all tests of these kernels run, makes unwritten memory NaN."""
+    interpreted = kernels.interpreted()
+    monkeypatch.setattr(kernels, "interpreted", lambda: interpreted)
+    problem = Problem.random((2, 3, 2, 5), Neighborhood(2, 2), weighted=True, device=device)
+    monkeypatch.setattr(kernels, "topographic_backward_kernel", NeverWrites())
+    result = problem.solve(triton)
+    assert result["t"].isfinite().all()
+    for name in ("dz", "du", "dmu", "dweights"):
+        assert result[name].isnan().all(), name
+    monkeypatch.setattr(kernels, "topographic_forward_kernel", NeverWrites())
+    assert problem.solve(triton)["t"].isnan().all()
+
+
+def test_r_is_kept_only_for_a_gradient(triton, monkeypatch, device):
+    """A forward pass that nobody differentiates writes t and nothing else."""
+    kept = []
+
+    def forward(*args, save_r, original=kernels.forward):
+        t, r = original(*args, save_r=save_r)
+        kept.append(r is not None)
+        return t, r
+
+    monkeypatch.setattr(kernels, "forward", forward)
+    problem = Problem.random((1, 3, 1, 5), Neighborhood(2, 2), weighted=True, device=device)
+    layer = TopographicLayer(problem.neighborhood, backend=triton).to(device)
+    leaf = problem.z.clone().requires_grad_()
+    weights = problem.weights.requires_grad_()
+
+    topographic(problem.z, problem.u, problem.mu, problem.neighborhood, backend=triton)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            layer(problem.z, problem.u)
+            topographic(leaf, problem.u, problem.mu, problem.neighborhood, weights, backend=triton)
+    assert not any(kept)
+    layer(problem.z, problem.u)
+    assert kept.pop()
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """float16 memory of more than 2**31 elements, of which only the touched pages exist."""
+    path = tmp_path_factory.mktemp("sparse") / "memory"
+    yield torch.from_file(str(path), shared=True, size=3 * 2**30 + 2**20, dtype=torch.float16)
+    path.unlink()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_offsets_past_31_bits(triton, device, sparse, axis):
+    """Inputs whose fourth element along an axis is 3·2³⁰ elements after the first, though the stride fits 31 bits."""
+    if device.type != "cpu":
+        pytest.skip("on a GPU, test_more_than_31_bits_of_elements does this with real memory")
+    shape = [2, 3, 2, 3]
+    shape[axis] = 4
+    strides = [64, 16, 8, 1]
+    strides[axis] = 2**30
+    problem = Problem.random(shape, Neighborhood(2, 2), weighted=True, eps=0.5, dtype=torch.float16)
+    far = {}
+    for number, name in enumerate(("z", "u", "dt")):
+        far[name] = sparse.as_strided(shape, strides, number * 1024)
+        far[name].copy_(getattr(problem, name))
+    expected = problem.solve(triton)
+    for name, actual in replace(problem, **far).solve(triton).items():
+        assert torch.equal(actual, expected[name]), name
+
+
+@pytest.mark.gpu
+def test_more_than_31_bits_of_elements(triton, device):
+    """Batches before, around and after element 2³¹ are what they are on their own, and what the reference says."""
+    S, C, D = 18, 18, 18
+    B = 2**31 // (S * C * D) + 3
+    if torch.cuda.mem_get_info(device)[0] < 48e9:
+        pytest.skip("needs 48 GB of free GPU memory")
+    torch.use_deterministic_algorithms(False)  # filling 20 GB with NaN shows nothing that smaller tests do not
+    neighborhood = Neighborhood(5, 3)
+    z = torch.randn(1, S, C, D, dtype=torch.float16, device=device).expand(B, S, C, D)
+    u = torch.randn(B, S, C, D, dtype=torch.float16, device=device).requires_grad_()
+    t = topographic(z, u, 0.5, neighborhood, eps=0.5, backend=triton)
+    (du,) = torch.autograd.grad(t.sum(), u)
+    for batch in (slice(0, 2), slice(B // 2, B // 2 + 2), slice(B - 4, B)):
+        dt = torch.ones_like(t[batch])
+        part = Problem(z[batch], u[batch].detach(), 0.5, None, dt, neighborhood, eps=0.5)
+        alone, expected, bounds = part.solve(triton), part.judge(), part.bounds()
+        for name, actual in {"t": t[batch], "du": du[batch]}.items():
+            assert torch.equal(actual, alone[name])
+            assert_within(name, actual, expected[name], bounds[name])
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.gpu
+def test_launches_on_the_device_of_the_tensors(triton):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    problem = Problem.random((2, 7, 2, 5), Neighborhood(4, 3), weighted=True, device=torch.device("cuda", 1))
+    with torch.cuda.device(0):
+        assert all(x.device.index == 1 for x in problem.solve(triton).values())
+        problem.check(triton)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_can_capture_the_operation(triton, device):
+    """Nothing is tuned, compiled or read back once the kernels have run."""
+    problem = Problem.random((2, 7, 2, 5), Neighborhood(4, 3), device=device)
+    arguments = (problem.z, problem.u, problem.mu, problem.neighborhood)
+    expected = topographic(*arguments, backend=triton)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        t = topographic(*arguments, backend=triton)
+    t.zero_()
+    graph.replay()
+    assert torch.equal(t, expected)

@@ -1,0 +1,178 @@
+"""Sizes, initialisation, likelihoods, the ELBO and the generative functions of the models."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+
+from tvae import TVAE, VAE, BubbleVAE
+from tvae.models import Gaussian, kl_from_prior
+from tvae_kernels import Neighborhood, topographic
+
+SHAPE = (2, 5, 4)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def models():
+    yield VAE(SHAPE, 3, 6)
+    yield TVAE(SHAPE, 3, 6, Neighborhood(4, 3), mu_init=5.0)
+    yield BubbleVAE(SHAPE, 3, 6, Neighborhood(3, 1, shift=0), likelihood="gaussian")
+
+
+@pytest.fixture(params=range(3), ids=["VAE", "TVAE", "BubbleVAE"])
+def model(request):
+    return list(models())[request.param]
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 7, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "capsules", "sizes"),
+    [((3, 28, 28), 18, (2352, 972, 648, 648, 324)), ((1, 64, 64), 15, (4096, 675, 450, 450, 225))],
+    ids=["mnist", "dsprites"],
+)
+def test_layers_have_the_sizes_and_the_initialisation_of_the_paper(image_shape, capsules, sizes):
+    model = TVAE(image_shape, capsules, capsules, Neighborhood(capsules, 1))
+    pixels, first, second, last, latent = sizes
+    for encoder in (model.z_encoder, model.u_encoder):
+        assert [m.weight.shape for m in encoder[::2]] == [(first, pixels), (second, first), (last, second)]
+    assert [m.weight.shape for m in model.decoder[::2]] == [(second, latent), (first, second), (pixels, first)]
+    for layer in [*model.z_encoder[::2], *model.decoder[::2]]:
+        bound = 1 / math.sqrt(layer.in_features)
+        largest = layer.weight.abs().max().item()
+        assert 0.99 * bound < largest <= bound * (1 + 1e-6)  # the largest of > 100,000 uniform draws
+        # standard deviation of U(±a) is a/√3; of n draws it is known to about 1/√n
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(layer.weight.numel()))
+        assert layer.bias.abs().max() <= bound * (1 + 1e-6)
+    assert model.topographic.mu.item() == 30
+
+
+def test_elbo_is_its_terms_at_the_returned_sample(model, x):
+    torch.manual_seed(1)
+    elbo = model(x)
+    decoded = model.decode(elbo.t)
+    if isinstance(model.likelihood, Gaussian):
+        p = D.Normal(decoded, 1.0)
+    else:
+        p = D.Bernoulli(logits=decoded, validate_args=False)
+    torch.testing.assert_close(elbo.log_likelihood, p.log_prob(x).flatten(2).sum(2))
+    posteriors = model.posterior(x)
+    for term, q in zip((elbo.kl_z, elbo.kl_u), posteriors, strict=True):
+        if q is None:
+            assert torch.equal(term, torch.zeros(2, 7))
+        else:
+            expected = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum((2, 3))
+            torch.testing.assert_close(term, expected)
+    torch.testing.assert_close(elbo.total, elbo.log_likelihood - elbo.kl_z - elbo.kl_u)
+
+
+def test_t_is_the_topographic_variable_of_the_sampled_z_and_u(x):
+    model = list(models())[1]
+    torch.manual_seed(1)
+    t = model.encode(x)
+    torch.manual_seed(1)
+    qz, qu = model.posterior(x)
+    z, u = qz.rsample(), qu.rsample()
+    expected = topographic(z, u, model.topographic.mu, Neighborhood(4, 3), backend="reference")
+    torch.testing.assert_close(t, expected)
+
+
+def test_vae_has_no_topography(x):
+    model = VAE(SHAPE, 3, 6)
+    torch.testing.assert_close(model.encode(x, sample=False), model.posterior(x)[0].mean)
+
+
+def test_encoder_reads_means_first_and_log_variances_second(x):
+    model = VAE(SHAPE, 3, 6)
+    out = model.z_encoder(x.flatten(2))
+    q, _ = model.posterior(x)
+    torch.testing.assert_close(q.mean.flatten(2), out[..., :18])
+    torch.testing.assert_close(q.variance.log().flatten(2), out[..., 18:])
+
+
+def test_kl_from_prior_is_zero_for_the_prior_and_known_for_a_shift():
+    q = D.Normal(torch.tensor([0.0, 2.0])[:, None, None, None].expand(2, 3, 4, 5), torch.ones(2, 3, 4, 5))
+    torch.testing.assert_close(kl_from_prior(q), torch.tensor([[0.0] * 3, [4 * 5 * 2.0] * 3]))
+
+
+def test_log_weights_are_exact_when_the_images_do_not_depend_on_the_latents(model, x):
+    # With posteriors equal to the prior and a constant decoder, every weight is p(x).
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim:
+                p.zero_()
+    expected = model.likelihood.log_prob(torch.zeros_like(x), x)
+    for weights in model.log_weights(x, samples=3):
+        torch.testing.assert_close(weights, expected)
+
+
+def test_log_weights_average_to_the_elbo(model, x):
+    # E[log w] is the ELBO with KL terms estimated by sampling: compare means over many samples.
+    with torch.no_grad():
+        weights = torch.stack(list(model.log_weights(x, samples=400))).mean((1, 2))
+        elbos = torch.stack([model(x).total.mean() for _ in range(400)])
+    error = math.hypot(weights.std().item(), elbos.std().item()) / math.sqrt(400)
+    assert weights.mean().item() == pytest.approx(elbos.mean().item(), abs=5 * error)
+
+
+def test_every_parameter_receives_a_gradient(model, x):
+    (-model(x).total.mean()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_traversal_decodes_rolled_copies_of_one_frame(model, x):
+    t = model.encode(x, sample=False)
+    images = model.traverse(x, frame=2)
+    assert images.shape == x.shape
+    for l in range(7):
+        expected = model.likelihood.mean(model.decode(t[:, 2:3].roll(l - 2, dims=-1)))[:, 0]
+        torch.testing.assert_close(images[:, l], expected, rtol=1e-5, atol=1e-4)  # activations near 30
+    torch.testing.assert_close(images[:, 2], model.reconstruct(x)[:, 2])
+
+
+def test_samples_are_decoded_from_the_prior():
+    model = TVAE(SHAPE, 3, 6, Neighborhood(4, 3))
+    torch.manual_seed(3)
+    images = model.sample(4, time=9)
+    torch.manual_seed(3)
+    z, u = torch.randn(2, 4, 9, 3, 6)
+    expected = torch.sigmoid(model.decode(topographic(z, u, model.topographic.mu, Neighborhood(4, 3))))
+    torch.testing.assert_close(images, expected)
+
+
+def test_a_saved_model_is_loaded_whole(model, x, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    loaded = VAE.load(tmp_path / "model.safetensors")
+    assert type(loaded) is type(model)
+    assert loaded.settings == model.settings
+    assert torch.equal(loaded.reconstruct(x), model.reconstruct(x))
+
+
+def test_a_file_that_is_no_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a model file"):
+        VAE.load(path)
+    with pytest.raises(FileNotFoundError):
+        VAE.load(tmp_path / "missing.safetensors")
+
+
+def test_wrong_sizes_and_names_are_refused(x):
+    with pytest.raises(ValueError, match="likelihood must be one of bernoulli, gaussian; got 'poisson'"):
+        VAE(SHAPE, 3, 6, likelihood="poisson")
+    with pytest.raises(ValueError, match="sizes must be positive"):
+        VAE(SHAPE, 0, 6)
+    with pytest.raises(ValueError, match="capsule_window of 7 does not fit 6"):
+        TVAE(SHAPE, 3, 6, Neighborhood(1, 7))
+    with pytest.raises(ValueError, match="needs shift 0, got 1"):
+        BubbleVAE(SHAPE, 3, 6, Neighborhood(3, 1))
+    with pytest.raises(ValueError, match=r"x must be \(batch, time, 2, 5, 4\), got \(2, 7, 2, 5, 3\)"):
+        VAE(SHAPE, 3, 6)(x[..., :3])

@@ -1,0 +1,192 @@
+"""Training: steps against a loop written out here, interruption and resumption bit for bit, and its errors."""
+
+import csv
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tvae import training
+from tvae.data import SequenceStream
+from tvae.presets import PRESETS, Config
+from tvae.run import Run, RunError
+from tvae.training import train
+from tvae_kernels import Neighborhood
+
+SMALL = Config(capsules=2, neighborhood=Neighborhood(4, 3), batch_size=2, steps=12, learning_rate=1e-3, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _log_often(monkeypatch):
+    monkeypatch.setattr(training, "LOG_EVERY", 2)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 5)
+
+
+def interrupt_at(monkeypatch, step):
+    """Press Ctrl-C while the given step is computed."""
+    seed_noise = training.seed_noise
+
+    def pressed(seed, current):
+        if current == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        seed_noise(seed, current)
+
+    monkeypatch.setattr(training, "seed_noise", pressed)
+
+
+def test_training_is_stochastic_gradient_descent_on_the_negative_elbo(tmp_path):
+    run = Run.create(tmp_path / "run", SMALL)
+    assert train(run, "cpu")
+    source = SMALL.open_source("train")
+    torch.manual_seed(SMALL.seed)
+    model = SMALL.build_model(source.image_shape)
+    velocity = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    stream = SequenceStream(source, 2, SMALL.seed)
+    for step in range(SMALL.steps):
+        training.seed_noise(SMALL.seed, step)
+        loss = -model(stream[step].images).total.mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
+                velocity[name] = SMALL.momentum * velocity[name] + gradient
+                p -= SMALL.learning_rate * velocity[name]
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(run.load_model().state_dict()[name], expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(optimizer, tmp_path, monkeypatch):
+    config = replace(SMALL, optimizer=optimizer)
+    whole = Run.create(tmp_path / "whole", config)
+    assert train(whole, "cpu")
+
+    parts = Run.create(tmp_path / "parts", config)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert not train(parts, "cpu")
+    assert not parts.model_file.exists()
+    with pytest.raises(RunError, match="no trained model yet: finish it with `tvae train --resume"):
+        parts.load_model()
+    assert train(Run.open(parts.path), "cpu")
+
+    for name, expected in load_file(whole.checkpoint).items():
+        assert torch.equal(load_file(parts.checkpoint)[name], expected), name
+    assert (parts.path / "metrics.csv").read_text() == (whole.path / "metrics.csv").read_text()
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_forgets_later_metrics(tmp_path, monkeypatch):
+    whole, killed = Run.create(tmp_path / "whole", SMALL), Run.create(tmp_path / "killed", SMALL)
+    assert train(whole, "cpu")
+
+    def die(seed, step, seed_noise=training.seed_noise):
+        if step == 9:
+            raise SystemExit
+        seed_noise(seed, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "seed_noise", die)
+        with pytest.raises(SystemExit):
+            train(killed, "cpu")
+    assert train(killed, "cpu")  # from step 5: the rows of steps 6 and 8 are written again, once
+    assert killed.model_file.read_bytes() == whole.model_file.read_bytes()
+    assert (killed.path / "metrics.csv").read_text() == (whole.path / "metrics.csv").read_text()
+
+
+def test_another_seed_gives_another_model(tmp_path):
+    models = []
+    for seed in (0, 1):
+        run = Run.create(tmp_path / str(seed), replace(SMALL, seed=seed, steps=2))
+        assert train(run, "cpu")
+        models.append(run.load_model())
+    assert not torch.equal(models[0].decoder[0].weight, models[1].decoder[0].weight)
+
+
+def test_metrics_are_logged_with_the_values_of_the_batch(tmp_path, monkeypatch):
+    seen = []
+    measure = training.measure
+    monkeypatch.setattr(training, "measure", lambda elbo: seen.append(elbo) or measure(elbo))
+    run = Run.create(tmp_path / "run", replace(SMALL, steps=4))
+    assert train(run, "cpu")
+    with (run.path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    for row, elbo in zip(rows, seen, strict=True):
+        assert float(row["loss"]) == pytest.approx(-elbo.total.mean().item())
+        total = float(row["log_likelihood"]) - float(row["kl_z"]) - float(row["kl_u"])
+        assert -float(row["loss"]) == pytest.approx(total)
+    assert list((run.path / "tensorboard").glob("events.*"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", SMALL)
+    built = []
+    build_model, seed_noise = Config.build_model, training.seed_noise
+
+    def remember(config, image_shape):
+        built.append(build_model(config, image_shape))
+        return built[0]
+
+    def spoil(seed, step):
+        seed_noise(seed, step)
+        if step == 7:
+            built[0].z_encoder[0].weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Config, "build_model", remember)
+    monkeypatch.setattr(training, "seed_noise", spoil)
+    with pytest.raises(
+        RunError, match=r"the loss is nan in step 8; the last good state is in .*checkpoint.safetensors"
+    ):
+        train(run, "cpu")
+    state = load_file(run.checkpoint)
+    assert all(torch.isfinite(x).all() for x in state.values())
+    assert not run.model_file.exists()
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    run = Run.create(tmp_path / "run", SMALL)
+    model = SMALL.build_model((1, 64, 64))
+    optimizer = training.build_optimizer(SMALL, model)
+    run.save_checkpoint(1, model, optimizer)
+    before = run.checkpoint.read_bytes()
+    model.decoder[0].bias.data[0] = float("inf")
+    with pytest.raises(RunError, match=r"the weight decoder.0.bias is not finite after step 2"):
+        run.save_checkpoint(2, model, optimizer)
+    assert run.checkpoint.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = Run.create(tmp_path / "run", SMALL)
+    run.checkpoint.write_bytes(b"garbage")
+    with pytest.raises(RunError, match=r"cannot restore .*checkpoint.safetensors"):
+        train(run, "cpu")
+
+
+def test_a_run_directory_is_never_overwritten(tmp_path):
+    Run.create(tmp_path / "run", SMALL)
+    before = (tmp_path / "run/config.json").read_text()
+    with pytest.raises(RunError, match="exists already: continue it with `tvae train --resume"):
+        Run.create(tmp_path / "run", replace(SMALL, seed=5))
+    assert (tmp_path / "run/config.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_the_way_through_json(name):
+    config = replace(PRESETS[name].config, data_dir=Path("/some/where"))
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_configurations_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="a VAE has no topography"):
+        Config(model="vae", neighborhood=Neighborhood(3))
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        Config(steps=0)
+    with pytest.raises(ValueError, match="learning_rate must be positive, got -1"):
+        Config(learning_rate=-1)
+    with pytest.raises(ValueError, match="momentum must be in"):
+        Config(momentum=1.0)
+    with pytest.raises(ValueError, match="time_window of 16 does not fit 15"):
+        replace(SMALL, neighborhood=Neighborhood(16)).open_source("train")

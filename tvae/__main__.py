@@ -1,0 +1,7 @@
+"""`python -m tvae` is the command line `tvae`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

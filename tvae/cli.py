@@ -1,0 +1,173 @@
+"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse` and `tvae presets`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from . import evaluation, figures
+from .data import DataError, SequenceStream
+from .presets import DEFAULT_PRESET, PRESETS, Config
+from .run import Run, RunError
+from .training import train
+
+USAGE = """\
+Topographic VAEs: train them, measure how equivariant their capsules are, look at capsule traversals.
+
+  tvae train [PRESET] [--option ...]   train a model; `tvae train PRESET --help` lists the options
+  tvae train --resume RUN              continue an interrupted run
+  tvae evaluate RUN                    print the metrics of a trained model beside their chance levels
+  tvae traverse RUN                    draw the capsule traversals of a trained model
+  tvae presets                         list the presets
+"""
+
+Device = Literal["auto", "cpu", "cuda"]
+console = Console()
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model, evaluate it and draw its capsule traversals."""
+
+    config: Annotated[Config, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+    run_dir: Path
+    """New directory for the run."""
+    device: Device = "auto"
+    """Where to train."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Continue an interrupted run to the same result as an uninterrupted one."""
+
+    resume: Path
+    """Directory of the run."""
+    device: Device = "auto"
+    """Where to train."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Look at a trained run."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run."""
+    data_dir: Path | None = None
+    """Folder of local data files, if not the one the run was trained with."""
+    device: Device = "auto"
+    """Where to compute."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 an error that is explained in one line, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": _train, "evaluate": _evaluate, "traverse": _traverse, "presets": _presets}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if arguments[0] not in commands:
+            raise ValueError(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}")
+        return commands[arguments[0]](arguments[1:])
+    except (DataError, RunError, ValueError) as error:
+        print(f"tvae: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tvae: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    if any(argument.split("=")[0] == "--resume" for argument in arguments):
+        options = tyro.cli(ResumeOptions, args=arguments, prog="tvae train")
+        run, device = Run.open(options.resume), _device(options.device)
+    else:
+        named = bool(arguments) and not arguments[0].startswith("-")
+        preset = arguments[0] if named else DEFAULT_PRESET
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; `tvae presets` lists them")
+        default = TrainOptions(PRESETS[preset].config, run_dir=Path("runs") / preset)
+        options = tyro.cli(TrainOptions, args=arguments[named:], default=default, prog=f"tvae train {preset}")
+        device = _device(options.device)
+        run = _new_run(options)
+    if not train(run, device.type):
+        console.print(f"Interrupted; the state is saved. Continue with: tvae train --resume {run.path}", soft_wrap=True)
+        return 130
+    _report(run, run.config, device)
+    _draw(run, run.config, device)
+    return 0
+
+
+def _new_run(options: TrainOptions) -> Run:
+    """Check all that can be checked before anything is written, then make the run directory."""
+    config = options.config
+    if config.data_dir is not None:
+        config = replace(config, data_dir=config.data_dir.expanduser().resolve())
+    source = config.open_source("train")
+    SequenceStream(source, config.batch_size, config.seed)
+    with torch.device("meta"):
+        config.build_model(source.image_shape)
+    return Run.create(options.run_dir, config)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    options = tyro.cli(RunOptions, args=arguments, prog="tvae evaluate")
+    run = Run.open(options.run)
+    _report(run, _with_data(run.config, options.data_dir), _device(options.device))
+    return 0
+
+
+def _traverse(arguments: list[str]) -> int:
+    options = tyro.cli(RunOptions, args=arguments, prog="tvae traverse")
+    run = Run.open(options.run)
+    _draw(run, _with_data(run.config, options.data_dir), _device(options.device))
+    return 0
+
+
+def _presets(arguments: list[str]) -> int:
+    if arguments:
+        raise ValueError(f"`tvae presets` takes no arguments, got {' '.join(arguments)}")
+    table = Table("preset", "what it is", "steps")
+    for name, preset in PRESETS.items():
+        table.add_row(name, preset.description, f"{preset.config.steps:,}")
+    console.print(table)
+    return 0
+
+
+def _report(run: Run, config: Config, device: torch.device) -> None:
+    """Evaluate the trained model, write the metrics into the run and print them."""
+    model = run.load_model(device)
+    source = config.open_source("test", device)
+    with console.status("evaluating"):
+        rows = evaluation.evaluate(
+            model, source, config.evaluation_sequences, config.batch_size, config.importance_samples
+        )
+    evaluation.save(rows, config.evaluation_sequences, run.evaluation_file)
+    title = f"{run.path}: {config.evaluation_sequences:,} test sequences after {config.steps:,} steps"
+    console.print(evaluation.table(rows, title))
+
+
+def _draw(run: Run, config: Config, device: torch.device) -> None:
+    """Draw the capsule traversals into the run and print the path."""
+    path = run.figures / "traversals.png"
+    figures.save(figures.traversals(run.load_model(device), config.open_source("test", device)), path)
+    console.print(f"capsule traversals: {path}", soft_wrap=True)
+
+
+def _with_data(config: Config, data_dir: Path | None) -> Config:
+    return config if data_dir is None else replace(config, data_dir=data_dir)
+
+
+def _device(name: Device) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but PyTorch finds no such device; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

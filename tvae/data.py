@@ -1,0 +1,405 @@
+"""Sequences of transformed images: where they come from (sources) and in which order (the stream).
+
+A source turns examples and factors of variation into frames. The stream draws, from a seed, which examples stand in
+batch i, which factor advances in each sequence and where it starts. The draws are made on the CPU and the frames are
+rendered on the source's device, so that one seed means the same sequences on every machine.
+"""
+
+import colorsys
+import itertools
+import math
+import os
+import urllib.request
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import IO, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tvae import sprites
+
+SOURCES = ("sprites", "mnist", "dsprites")
+SPLITS = ("train", "validation", "test")
+_SPLIT, _EPOCH, _BATCH = range(3)  # what a generator is for
+
+
+class DataError(RuntimeError):
+    """Data that is missing or is not what it should be. The message says where, what was found, and what to do."""
+
+
+class SequenceBatch(NamedTuple):
+    """A batch of B sequences of S frames, on the source's device."""
+
+    images: Tensor  # (B, S, channel, height, width) float32 in [0, 1]
+    factors: Tensor  # (B, S, F) int64: index of each factor of variation in each frame
+    transformation: Tensor  # (B,) int64: which factor advances in the sequence
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of variation: its name, the value behind each of its indices, and whether a sequence may advance it."""
+
+    name: str
+    values: tuple[float, ...]
+    transforms: bool = True
+
+
+class SequenceSource(ABC):
+    """Examples, and the frames that they give at each setting of the factors of variation."""
+
+    name: ClassVar[str]
+    image_shape: ClassVar[tuple[int, int, int]]  # channel, height, width
+    sequence_length: ClassVar[int]
+    factors: ClassVar[tuple[Factor, ...]]
+    device: torch.device
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each factor."""
+        return tuple(len(factor.values) for factor in self.factors)
+
+    @property
+    def transformations(self) -> tuple[int, ...]:
+        """Indices of the factors that a sequence may advance."""
+        return tuple(index for index, factor in enumerate(self.factors) if factor.transforms)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    @abstractmethod
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Factors (B, F) of the first frames of sequences of the examples (B,), all on the CPU."""
+
+    @abstractmethod
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Frames (B, S, channel, height, width) of the examples (B,) at the factors (B, S, F), on the device."""
+
+    def sequences(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> SequenceBatch:
+        """Sequences from the starts (B, F): the factor `transformation` (B,) advances by one a frame, modulo its size.
+
+        The arguments are on the CPU, the batch is on the source's device.
+        """
+        step = F.one_hot(transformation, len(self.factors))[:, None]
+        time = torch.arange(self.sequence_length)[:, None]
+        factors = ((starts[:, None] + time * step) % torch.tensor(self.sizes)).to(self.device)
+        images = self.render(examples.to(self.device), factors)
+        return SequenceBatch(images, factors, transformation.to(self.device))
+
+
+class SequenceStream(Dataset[SequenceBatch]):
+    """An endless, seeded stream: `stream[i]` is batch number i, a pure function of (source, batch_size, seed, i).
+
+    Any number of workers and a resumed run therefore see the same batches:
+
+        DataLoader(stream, batch_size=None, num_workers=n, sampler=range(first, last))
+
+    (With workers the source must be on the CPU: a forked process cannot use the GPU.) An epoch visits each example
+    once, in a random order, or in the source's order without `shuffle`, and leaves out the last, incomplete batch.
+    Start poses and transformations are drawn uniformly, anew for each batch. Raises ValueError for a batch_size that
+    the examples cannot fill.
+    """
+
+    def __init__(self, source: SequenceSource, batch_size: int, seed: int, shuffle: bool = True):
+        if not 1 <= batch_size <= len(source):
+            raise ValueError(
+                f"batch_size must be between 1 and the {len(source)} examples of {source.name}, got {batch_size}"
+            )
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of whole batches in one pass over the examples."""
+        return len(self.source) // self.batch_size
+
+    def __getitem__(self, i: int) -> SequenceBatch:
+        if i < 0:
+            raise IndexError(f"an endless stream has no batch {i}")
+        epoch, step = divmod(i, self.steps_per_epoch)
+        examples = self._examples_of(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        generator = _generator(self.seed, _BATCH, i)
+        choices = torch.tensor(self.source.transformations)
+        transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator)]
+        starts = self.source.start_poses(examples, generator)
+        return self.source.sequences(examples, starts, transformation)
+
+    def _examples_of(self, epoch: int) -> Tensor:
+        """Examples in the epoch's order; the last epoch asked for is kept."""
+        if not self.shuffle:
+            return torch.arange(len(self.source))
+        if epoch != self._epoch:
+            self._order = torch.randperm(len(self.source), generator=_generator(self.seed, _EPOCH, epoch))
+            self._epoch = epoch
+        return self._order
+
+
+def _generator(seed: int, purpose: int, index: int) -> torch.Generator:
+    """CPU generator for draw number `index` of a purpose, unlike that of any neighbour: SeedSequence mixes well."""
+    # 32 bits: torch's CPU generator ignores the others.
+    (state,) = np.random.SeedSequence(seed, spawn_key=(purpose, index)).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(state))
+
+
+# The paper's scales, in per cent of the original size.
+_MNIST_SCALES = (60, 64, 68, 72, 76, 79, 83, 87, 91, 95, 99, 103, 107, 111, 114, 118, 122, 126)
+
+
+class MNISTSequences(SequenceSource):
+    """MNIST digits in the red channel of 3x28x28 images, rotated, scaled and recoloured; an example is a digit.
+
+    Factors: rotation in degrees, counter-clockwise; scale, 1 being the original size; hue in degrees, 0 being red.
+    "train" is 80 % of MNIST's training images (48,000) and "validation" the others, by a shuffle that no run's seed
+    changes; "test" is MNIST's test images. They are kept as bytes on the device.
+
+    Raises ValueError for an unknown split and DataError if MNIST cannot be read from data_dir/MNIST/raw.
+    """
+
+    name = "mnist"
+    image_shape = (3, 28, 28)
+    sequence_length = 18
+    factors = (
+        Factor("rotation", tuple(range(0, 360, 20))),
+        Factor("scale", tuple(percent / 100 for percent in _MNIST_SCALES)),
+        Factor("hue", tuple(range(0, 360, 20))),
+    )
+
+    def __init__(self, data_dir: str | Path, split: str, device: torch.device | str = "cpu", download: bool = False):
+        self.device = torch.device(device)
+        self.images = _mnist_images(Path(data_dir), split, download).to(self.device)  # (example, 28, 28) uint8
+        rotation, scale, hue = (factor.values for factor in self.factors)
+        angle = torch.tensor(rotation, dtype=torch.float64).deg2rad()
+        self._cos, self._sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)
+        self._scale = torch.tensor(scale, device=self.device)
+        self._colour = torch.tensor([colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue], device=self.device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniform draws (B, F), independent of the examples."""
+        return torch.stack([torch.randint(n, examples.shape, generator=generator) for n in self.sizes], dim=-1)
+
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Frames (B, S, 3, 28, 28): the digit warped about the image's centre (bilinear, zeros outside), then coloured.
+
+        A pixel of the red image is (g, 0, 0): hue 0, full saturation, value g. Turning its hue by h gives the
+        colour of hue h, full saturation and value g, which is g times the colour of value 1: a product.
+        """
+        rotation, scale, hue = factors.unbind(-1)
+        grey = self._warp(self.images[examples] / 255, rotation, scale)
+        return grey[:, :, None] * self._colour[hue][..., None, None]
+
+    def _warp(self, digits: Tensor, rotation: Tensor, scale: Tensor) -> Tensor:
+        """Digits (B, 28, 28) in the poses (B, S): (B, S, 28, 28)."""
+        batch, time = rotation.shape
+        height, width = digits.shape[1:]
+        # Where each output pixel comes from: the inverse rotation (y points down), about the centre, over the scale.
+        # Written out, because the matrix product in affine_grid would round by batch size, threads and TF32 settings.
+        x = ((torch.arange(width, device=self.device) + 0.5) * 2 / width - 1)[None, :]
+        y = ((torch.arange(height, device=self.device) + 0.5) * 2 / height - 1)[:, None]
+        cos = (self._cos[rotation] / self._scale[scale])[:, :, None, None]
+        sin = (self._sin[rotation] / self._scale[scale])[:, :, None, None]
+        grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)
+        # The frames of a sequence are sampled as one tall image, so that its digit need not be copied for each.
+        frames = F.grid_sample(digits[:, None], grid.flatten(1, 2), align_corners=False)
+        return frames.view(batch, time, height, width)
+
+
+def _mnist_images(data_dir: Path, split: str, download: bool) -> Tensor:
+    """Images of one split, (N, 28, 28) uint8 on the CPU."""
+    _check_choice("split", split, SPLITS)
+    # Here and not above: the other sources must work where torchvision is missing or does not fit torch.
+    try:
+        from torchvision.datasets import MNIST
+    except (ImportError, RuntimeError) as error:
+        raise DataError(
+            f"MNIST is read by torchvision, which cannot be imported here ({error}); "
+            "install the torchvision that belongs to this torch"
+        ) from error
+    try:
+        images = MNIST(data_dir, train=split != "test", download=download).data
+    except Exception as error:  # a damaged file fails in any of half a dozen ways, bare assertions among them
+        raise DataError(
+            f"cannot read MNIST from {data_dir / 'MNIST' / 'raw'} ({error!r}); "
+            "pass --data-dir with the folder that holds MNIST/raw, or allow the download"
+        ) from error
+    if split == "test":
+        return images
+    order = torch.randperm(len(images), generator=_generator(0, _SPLIT, 0))
+    cut = len(images) * 4 // 5
+    return images[order[:cut] if split == "train" else order[cut:]]
+
+
+class _SpriteSource(SequenceSource):
+    """What the two sources of sprites share: an example is a combination of factors, its starting pose.
+
+    Factors: shape (0 square, 1 ellipse, 2 heart), which no sequence advances; scale, 1 being the largest; orientation
+    in radians; x and y in dSprites' unit, 0..1 for its 32 positions, from the left and from the top. The index of an
+    example has the five factors as its digits, shape first. All splits are the same 50,625 examples, as in the paper.
+    """
+
+    image_shape = (1, sprites.IMAGE_SIZE, sprites.IMAGE_SIZE)
+    sequence_length = 15
+    factors = (
+        Factor("shape", (0, 1, 2), transforms=False),
+        Factor("scale", sprites.SCALES),
+        Factor("orientation", sprites.ORIENTATIONS),
+        Factor("x", tuple(2 * j / 31 for j in range(sprites.POSITIONS))),
+        Factor("y", tuple(2 * j / 31 for j in range(sprites.POSITIONS))),
+    )
+
+    def __len__(self) -> int:
+        return math.prod(self.sizes)
+
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Factors (B, F) that the examples stand for; nothing is drawn."""
+        return torch.stack(torch.unravel_index(examples, self.sizes), dim=-1)
+
+
+class SpriteSequences(_SpriteSource):
+    """Sprites drawn by `tvae.sprites` in the manner of dSprites, not dSprites itself; no file is needed.
+
+    One step in x or y moves the sprite by two pixels.
+    """
+
+    name = "sprites"
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self._canvases = sprites.draw_canvases().to(self.device)
+
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Frames (B, S, 1, 64, 64), zeros and ones; the factors alone decide."""
+        return sprites.cut_frames(self._canvases, factors)[:, :, None].float()
+
+
+_DSPRITES_URL = (
+    "https://github.com/google-deepmind/dsprites-dataset/raw/master/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+)
+
+
+class DSpritesSequences(_SpriteSource):
+    """The subset of dSprites (Matthey et al. 2017) that the paper uses.
+
+    It keeps the 5 largest of the 6 scales, and every other one of the first 30 orientations, x and y positions. Read
+    from `data_dir/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz`: the 2.8 GiB of pixels in it pass through in pieces
+    of 4 MiB, and the subset is kept on the device with eight pixels in a byte, 26 MB.
+
+    Raises DataError if the file is missing and not allowed to be downloaded, or is not what it should be.
+    """
+
+    name = "dsprites"
+
+    def __init__(self, data_dir: str | Path, device: torch.device | str = "cpu", download: bool = False):
+        self.device = torch.device(device)
+        path = Path(data_dir) / _DSPRITES_URL.rpartition("/")[2]
+        if not path.exists():
+            if not download:
+                raise DataError(
+                    f"no {path.name} in {path.parent}; pass --data-dir with the folder that holds it, "
+                    "or allow the download"
+                )
+            _download(_DSPRITES_URL, path)
+        every_other = range(0, 30, 2)
+        kept = (range(3), range(1, 6), every_other, every_other, every_other)
+        self._packed = torch.from_numpy(_read_dsprites(path, (3, 6, 40, 32, 32), kept)).to(self.device)
+
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Frames (B, S, 1, 64, 64), zeros and ones; the factors alone decide."""
+        packed = self._packed[factors.unbind(-1)][..., None]  # (B, S, 512, 1)
+        bits = packed >> torch.arange(7, -1, -1, dtype=torch.uint8, device=self.device) & 1
+        return bits.reshape(*factors.shape[:2], *self.image_shape).float()
+
+
+def _read_dsprites(path: Path, sizes: tuple[int, ...], kept: tuple[range, ...]) -> np.ndarray:
+    """Part of a dSprites file: (number kept of each factor, 512) uint8, the 64x64 pixels packed by np.packbits.
+
+    `sizes` and `kept` are, for shape, scale, orientation, x and y, the number of values in the file, where the last
+    varies fastest, and the indices to keep. The file is read to its end, which verifies the checksum of the images.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "imgs.npy" not in archive.namelist():
+                raise DataError(f"{path} should contain imgs.npy, found {archive.namelist()}")
+            with archive.open("imgs.npy") as member:
+                _check_npy_header(path, member, (math.prod(sizes), 64, 64))
+                packed = _pack_images(member, sizes, kept)
+                if member.read(1):
+                    raise DataError(f"{path}: imgs.npy goes on after its last image")
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError) as error:
+        raise DataError(f"{path} is not a whole dSprites archive ({error}); delete it and download it again") from error
+    return packed
+
+
+def _check_npy_header(path: Path, member: IO[bytes], shape: tuple[int, ...]) -> None:
+    """Read the header of imgs.npy, which must announce bytes of that shape in C order."""
+    np.lib.format.read_magic(member)
+    found_shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+    if (found_shape, fortran_order, dtype) != (shape, False, np.uint8):
+        order = "Fortran" if fortran_order else "C"
+        raise DataError(
+            f"{path}: imgs.npy should be uint8 {shape} in C order, found {dtype} {found_shape} in {order} order"
+        )
+
+
+def _pack_images(member: IO[bytes], sizes: tuple[int, ...], kept: tuple[range, ...]) -> np.ndarray:
+    """Read all images of imgs.npy, the positions of one sprite at a time, and pack the kept ones."""
+    *sprite_sizes, columns, rows = sizes
+    pieces = []
+    for sprite in itertools.product(*map(range, sprite_sizes)):
+        piece = np.frombuffer(member.read(columns * rows * 64 * 64), np.uint8).reshape(columns, rows, 64 * 64)
+        if all(index in keep for index, keep in zip(sprite, kept[:3], strict=True)):
+            pieces.append(np.packbits(piece[np.ix_(*kept[3:])], axis=-1))
+    return np.stack(pieces).reshape(*map(len, kept), 64 * 64 // 8)
+
+
+def _download(url: str, path: Path) -> None:
+    """Download a file, which appears under its name only once it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        urllib.request.urlretrieve(url, partial)  # raises if it gets less than the server announced
+        partial.replace(path)
+    except (OSError, HTTPException) as error:
+        raise DataError(f"cannot download {url} to {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_source(
+    name: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+) -> SequenceSource:
+    """Source called "sprites" (needs no files), "mnist" or "dsprites", both read from data_dir; see their classes.
+
+    Raises ValueError for an unknown name or split, DataError for data that is missing or damaged.
+    """
+    _check_choice("source", name, SOURCES)
+    _check_choice("split", split, SPLITS)
+    if name == "sprites":
+        return SpriteSequences(device)
+    if data_dir is None:
+        raise DataError(f"{name} is read from files: pass --data-dir with the folder that holds them")
+    if name == "mnist":
+        return MNISTSequences(data_dir, split, device, download)
+    return DSpritesSequences(data_dir, device, download)
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(choices)}")

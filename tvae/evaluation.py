@@ -1,0 +1,99 @@
+"""Evaluate a model on the fixed test set, and print every metric beside its chance level."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from .data import SequenceSource, SequenceStream
+from .metrics import BestSingleImage, CapCorr, ELBOTerms, EquivarianceError, LogLikelihood
+from .models import VAE
+
+EVALUATION_SEED = 2021  # of the fixed test set and of the noise, whatever the seed of the run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric: its value and what a model gets that knows nothing of the individual frame."""
+
+    metric: str
+    value: float
+    chance: float
+    unit: str
+
+
+@torch.no_grad()
+def evaluate(model: VAE, source: SequenceSource, sequences: int, batch_size: int, samples: int) -> list[Row]:
+    """Measure ELBO terms, log p(x), E_eq and CapCorr on the first `sequences` of the seeded test set.
+
+    The same model gives the same figures every time: sequences and noise are seeded.
+
+    Args:
+        model: the trained model, on the source's device.
+        source: the test split.
+        sequences: how many sequences, rounded up to whole batches.
+        batch_size: sequences in a batch.
+        samples: importance samples for log p(x).
+
+    Returns:
+        One row a metric.
+
+    """
+    device = source.device
+    names = [factor.name for factor in source.factors]
+    terms, likelihood, error, correlation, constant = (
+        metric.to(device)
+        for metric in (
+            ELBOTerms(),
+            LogLikelihood(),
+            EquivarianceError(),
+            CapCorr(names),
+            BestSingleImage(model.likelihood, source.image_shape),
+        )
+    )
+    stream = SequenceStream(source, batch_size, EVALUATION_SEED)
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(EVALUATION_SEED)
+        for i in range(-(-sequences // batch_size)):
+            batch = stream[i]
+            elbo = model(batch.images)
+            terms.update(elbo)
+            error.update(elbo.t)
+            correlation.update(elbo.t, batch.factors, batch.transformation)
+            likelihood.update(torch.stack(list(model.log_weights(batch.images, samples))))
+            constant.update(batch.images)
+    best_image = constant.compute()
+    mean, log_p = terms.compute(), likelihood.compute()
+    correlations, random = correlation.compute(), correlation.chance()
+    return [
+        Row("ELBO", mean["elbo"], best_image, "nats/frame"),
+        Row("log p(x|t)", mean["log_likelihood"], best_image, "nats/frame"),
+        Row("KL z", mean["kl_z"], 0.0, "nats/frame"),
+        Row("KL u", mean["kl_u"], 0.0, "nats/frame"),
+        Row(f"log p(x), as published, {samples} samples", log_p["published"], best_image, "nats/frame"),
+        Row(f"log p(x), bound, {samples} samples", log_p["bound"], best_image, "nats/frame"),
+        Row("E_eq", error.compute().item(), error.chance(), ""),
+        *(Row(f"CapCorr {name}", value, random[name], "") for name, value in correlations.items()),
+    ]
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """The rows as a table for the terminal."""
+    result = Table("metric", title=title)
+    for column in ("value", "chance"):
+        result.add_column(column, justify="right")
+    result.add_column("unit")
+    for row in rows:
+        digits = 0 if row.metric == "E_eq" else 2 if row.metric.startswith("CapCorr") else 1
+        result.add_row(row.metric, f"{row.value:,.{digits}f}", f"{row.chance:,.{digits}f}", row.unit)
+    return result
+
+
+def save(rows: list[Row], sequences: int, path: Path) -> None:
+    """Write the rows as JSON."""
+    path.write_text(json.dumps({"sequences": sequences, "metrics": [asdict(row) for row in rows]}, indent=2) + "\n")

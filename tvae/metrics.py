@@ -1,0 +1,239 @@
+"""How equivariant capsules are and how likely images: E_eq, CapCorr, ELBO terms and log p(x), with chance levels.
+
+Each metric is a plain function on one batch and a torchmetrics `Metric` over a data set. A chance level is what a model
+gets that knows nothing of the individual frame: capsules of iid Gaussian activations for E_eq and CapCorr, the best
+single image for likelihoods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from .models import ELBO, Bernoulli, Capsules, Gaussian, Images
+
+
+def equivariance_error(t: Capsules) -> Float[Tensor, " batch"]:
+    """`E_eq = Σ_{l < m} || Roll_{m-l}(t̂_l) - t̂_m ||₁` of every sequence (Eq. 13), summed over capsules.
+
+    `t̂` is each capsule divided by its Euclidean norm, as in the published code. Zero for capsules that roll by exactly
+    one position a frame.
+
+    Args:
+        t: `(batch, time, capsule, dim)`.
+
+    """
+    t = F.normalize(t, dim=-1)
+    steps = t.shape[1]
+    pairs = (t[:, :-delta].roll(delta, dims=-1) - t[:, delta:] for delta in range(1, steps))
+    return sum((difference.abs().sum((1, 2, 3)) for difference in pairs), start=t.new_zeros(len(t)))
+
+
+class EquivarianceError(Metric):
+    """Mean E_eq over sequences; 0 is perfect. Chance: the same for iid Gaussian activations of the same shape."""
+
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sequences", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.shape = None
+
+    def update(self, t: Capsules) -> None:
+        """Add the sequences of a batch of capsules."""
+        self.shape = tuple(t.shape[1:])
+        self.total += equivariance_error(t).double().sum()
+        self.sequences += len(t)
+
+    def compute(self) -> Tensor:
+        """The mean over all sequences."""
+        return self.total / self.sequences
+
+    def chance(self) -> float:
+        """E_eq of iid Gaussian activations, measured on 64 seeded sequences."""
+        return equivariance_error(torch.randn(64, *self.shape, generator=_generator(0))).mean().item()
+
+
+def observed_roll(first: Float[Tensor, "batch capsule dim"], t: Capsules) -> Int[Tensor, "batch time"]:
+    """By how many positions `first` has to roll back to match each frame of `t` best (Eq. 14 and 16).
+
+    The position of the maximum of the periodic cross-correlation `Σ_d first[d + k] · t[d]`, the most frequent one (on a
+    tie the smallest) over the capsules.
+    """
+    dim = first.shape[-1]
+    rolled_back = torch.stack([first.roll(-k, dims=-1) for k in range(dim)], dim=-2)
+    correlation = torch.einsum("bckd,bscd->bsck", rolled_back, t)
+    votes = F.one_hot(correlation.argmax(-1), dim).sum(-2)
+    return votes.argmax(-1)
+
+
+def roll_since_canonical(
+    t: Capsules, factors: Int[Tensor, "batch time factor"], transformation: Int[Tensor, " batch"]
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Observed and true roll between frame 0 and the frame where the transforming factor is at index 0.
+
+    Where several frames are, because the factor runs through its values more than once, the one counts whose observed
+    roll is nearest to the true one (appendix A.11), which raises chance for such a factor.
+
+    Raises:
+        ValueError: a sequence never passes its canonical pose.
+
+    """
+    moving = factors.gather(2, transformation[:, None, None].expand(-1, factors.shape[1], 1)).squeeze(2)
+    canonical = moving == 0
+    if not canonical.any(1).all():
+        raise ValueError("CapCorr needs sequences in which the transforming factor passes index 0")
+    true = moving[:, 0]
+    observed = observed_roll(t[:, 0], t)
+    distance = (observed - true[:, None]).abs().masked_fill(~canonical, t.shape[-1] + moving.amax().item())
+    nearest = distance.argmin(1, keepdim=True)
+    return observed.gather(1, nearest).squeeze(1), true
+
+
+class CapCorr(Metric):
+    """Pearson correlation of observed and true roll over all sequences, by transformation (Eq. 17); 1 is perfect.
+
+    Chance: the same for iid Gaussian activations in place of the capsules, on the same sequences.
+
+    Args:
+        names: the names of the factors, in the order of the factor indices.
+
+    """
+
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.names = tuple(names)
+        for state in ("observed", "random", "true", "transformation"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    def update(self, t: Capsules, factors: Tensor, transformation: Tensor) -> None:
+        """Add the sequences of a batch: capsules and the truth about their factors."""
+        observed, true = roll_since_canonical(t, factors, transformation)
+        noise = torch.randn(t.shape, generator=_generator(len(self.true))).to(t.device)
+        random, _ = roll_since_canonical(noise, factors, transformation)
+        for state, values in zip(
+            (self.observed, self.random, self.true, self.transformation),
+            (observed, random, true, transformation),
+            strict=True,
+        ):
+            state.append(values)
+
+    def compute(self) -> dict[str, float]:
+        """The correlation for every transformation that occurred, by name; NaN where a roll never varied."""
+        return self._correlations(self.observed)
+
+    def chance(self) -> dict[str, float]:
+        """The correlation that random activations reach."""
+        return self._correlations(self.random)
+
+    def _correlations(self, observed: list[Tensor] | Tensor) -> dict[str, float]:
+        observed, true, kind = map(dim_zero_cat, (observed, self.true, self.transformation))
+        return {
+            self.names[k]: torch.corrcoef(torch.stack([observed[kind == k], true[kind == k]]).double())[0, 1].item()
+            for k in kind.unique().tolist()
+        }
+
+
+class ELBOTerms(Metric):
+    """The mean terms of the evidence lower bound in nats a frame, by name."""
+
+    full_state_update = False
+    terms = ("elbo", "log_likelihood", "kl_z", "kl_u")
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("totals", torch.zeros(len(self.terms), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("frames", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, elbo: ELBO) -> None:
+        """Add the frames of a batch."""
+        terms = (elbo.total, elbo.log_likelihood, elbo.kl_z, elbo.kl_u)
+        self.totals += torch.stack([term.double().sum() for term in terms])
+        self.frames += elbo.kl_z.numel()
+
+    def compute(self) -> dict[str, float]:
+        """The mean of every term over all frames."""
+        return dict(zip(self.terms, (self.totals / self.frames).tolist(), strict=True))
+
+
+def log_likelihood(
+    log_weights: Float[Tensor, "sample batch time"],
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, " batch"]]:
+    """Two importance-sampling estimates of log p(x) in nats from `VAE.log_weights`, as published and as a bound.
+
+    Returns:
+        `log Σ w` of every frame, each weighted by its own latents alone and without `-log n`, as the published code has
+        it: `log n` nats higher than an estimate. And `(log Σ w - log n) / S` of every sequence, the weights of its S
+        frames multiplied: a lower bound of log p(x) per frame on average (Burda et al. 2016).
+
+    """
+    samples, _, steps = log_weights.shape
+    published = log_weights.logsumexp(0)
+    bound = (log_weights.sum(2).logsumexp(0) - math.log(samples)) / steps
+    return published, bound
+
+
+class LogLikelihood(Metric):
+    """Mean log p(x) in nats a frame in both forms of `log_likelihood`: "published" and "bound"."""
+
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sequences", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, log_weights: Float[Tensor, "sample batch time"]) -> None:
+        """Add the sequences of a batch."""
+        published, bound = log_likelihood(log_weights)
+        self.totals += torch.stack([published.mean(1).double().sum(), bound.double().sum()])
+        self.sequences += log_weights.shape[1]
+
+    def compute(self) -> dict[str, float]:
+        """The two means over all sequences."""
+        return dict(zip(("published", "bound"), (self.totals / self.sequences).tolist(), strict=True))
+
+
+class BestSingleImage(Metric):
+    """Chance level of likelihoods: mean log p(x) in nats a frame when the mean image is predicted for every frame.
+
+    Args:
+        likelihood: the model's likelihood.
+        image_shape: `(channel, height, width)`.
+
+    """
+
+    full_state_update = False
+
+    def __init__(self, likelihood: Bernoulli | Gaussian, image_shape: tuple[int, int, int]):
+        super().__init__()
+        self.likelihood = likelihood
+        self.add_state("sums", torch.zeros(2, *image_shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("frames", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, images: Images) -> None:
+        """Add the frames of a batch."""
+        images = images.flatten(0, 1).double()
+        self.sums += torch.stack([images.sum(0), images.square().sum(0)])
+        self.frames += len(images)
+
+    def compute(self) -> float:
+        """The mean log-likelihood of a frame."""
+        return self.likelihood.chance(*(self.sums / self.frames))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

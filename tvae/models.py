@@ -1,0 +1,286 @@
+"""The Topographic VAE of Keller & Welling (2021) and the models it is compared with: BubbleVAE and VAE.
+
+A sequence of images `x` is encoded frame by frame into Gaussian posteriors of `z` (and of `u`); the topographic layer
+turns samples of both into capsules `t`; each frame of `t` is decoded into an image:
+
+    x (B, S, c, h, w)  ->  q(z|x), q(u|x)  ->  z, u (B, S, C, D)  ->  t (B, S, C, D)  ->  p(x|t)
+
+Latent variables are arranged as `(batch B, time S, capsule C, dim D)` throughout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from tvae_kernels import Neighborhood, TopographicLayer
+
+Images = Float[Tensor, "batch time channel height width"]
+Capsules = Float[Tensor, "batch time capsule dim"]
+Frames = Float[Tensor, "batch time"]
+
+
+class ELBO(NamedTuple):
+    """The evidence lower bound of Eq. 12, frame by frame, in nats, by its terms; `t` is the sample it was taken at."""
+
+    log_likelihood: Frames
+    kl_z: Frames
+    kl_u: Frames
+    t: Capsules
+
+    @property
+    def total(self) -> Frames:
+        """`log p(x|t) - KL(q(z|x) || p(z)) - KL(q(u|x) || p(u))` of every frame."""
+        return self.log_likelihood - self.kl_z - self.kl_u
+
+
+class Bernoulli(NamedTuple):
+    """Pixels as Bernoulli variables whose logits the decoder gives; grey values count as probabilities."""
+
+    def log_prob(self, decoded: Images, x: Images) -> Frames:
+        """`log p(x|t)` summed over the pixels of every frame, in nats."""
+        return -F.binary_cross_entropy_with_logits(decoded, x, reduction="none").sum((-3, -2, -1))
+
+    def mean(self, decoded: Images) -> Images:
+        """The expected image, in [0, 1]."""
+        return torch.sigmoid(decoded)
+
+    def chance(self, mean: Tensor, mean_square: Tensor) -> float:
+        """Mean log-likelihood of frames, in nats, under the best single image: one that knows pixel means alone."""
+        return (torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum().item()
+
+
+class Gaussian(NamedTuple):
+    """Pixels as Gaussian variables whose means the decoder gives, with one fixed standard deviation."""
+
+    std: float = 1.0
+
+    def log_prob(self, decoded: Images, x: Images) -> Frames:
+        """`log p(x|t)` summed over the pixels of every frame, in nats."""
+        return Normal(decoded, self.std).log_prob(x).sum((-3, -2, -1))
+
+    def mean(self, decoded: Images) -> Images:
+        """The expected image."""
+        return decoded
+
+    def chance(self, mean: Tensor, mean_square: Tensor) -> float:
+        """Mean log-likelihood of frames, in nats, under the best single image: one that knows pixel means alone."""
+        variance = mean_square - mean.square()
+        return (-variance / (2 * self.std**2) - math.log(self.std * math.sqrt(2 * math.pi))).sum().item()
+
+
+LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian}
+
+
+class VAE(nn.Module):
+    """The baseline without topography: `t = z`, divided into capsules for the metrics alone.
+
+    Three-layer ReLU networks with hidden layers of 3n and 2n units for n = C·D latent variables, weights and biases
+    initialised from U(±1/sqrt(fan-in)) (appendix A.2 and A.3).
+
+    Args:
+        image_shape: `(channel, height, width)` of a frame.
+        capsules: number of capsules C.
+        capsule_dim: number of dimensions D of a capsule.
+        likelihood: "bernoulli" (images in [0, 1]) or "gaussian" (unit variance).
+
+    Raises:
+        ValueError: the likelihood is unknown or a size is not positive.
+
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], capsules: int, capsule_dim: int, likelihood: str = "bernoulli"
+    ):
+        super().__init__()
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}; got {likelihood!r}")
+        if min(*image_shape, capsules, capsule_dim) < 1:
+            raise ValueError(f"sizes must be positive, got image {image_shape}, {capsules} capsules of {capsule_dim}")
+        self.settings = {
+            "image_shape": tuple(image_shape),
+            "capsules": capsules,
+            "capsule_dim": capsule_dim,
+            "likelihood": likelihood,
+        }
+        self.image_shape = tuple(image_shape)
+        self.capsule_shape = (capsules, capsule_dim)
+        self.likelihood = LIKELIHOODS[likelihood]()
+        pixels, n = math.prod(image_shape), capsules * capsule_dim
+        self.z_encoder = mlp(pixels, 3 * n, 2 * n, 2 * n)
+        self.decoder = mlp(n, 2 * n, 3 * n, pixels)
+
+    def topography(self, z: Capsules, u: Capsules | None) -> Capsules:
+        """The capsules `t` from their Gaussian variables; without topography `t = z`."""
+        return z
+
+    def posterior(self, x: Images) -> tuple[Normal, Normal | None]:
+        """`q(z|x)` and `q(u|x)`, each of shape `(B, S, C, D)`; None for a model without `u`."""
+        return self._gaussian(self.z_encoder, x), None
+
+    def _gaussian(self, encoder: nn.Module, x: Images) -> Normal:
+        if x.ndim != 5 or x.shape[2:] != self.image_shape:
+            raise ValueError(f"x must be (batch, time, {', '.join(map(str, self.image_shape))}), got {tuple(x.shape)}")
+        mean, log_variance = encoder(x.flatten(2)).unflatten(-1, (2, *self.capsule_shape)).unbind(-3)
+        return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
+
+    def encode(self, x: Images, sample: bool = True) -> Capsules:
+        """The capsules of a sequence: `t` at a sample of the posterior, or at its mean."""
+        qz, qu = self.posterior(x)
+        if sample:
+            return self.topography(qz.rsample(), None if qu is None else qu.rsample())
+        return self.topography(qz.mean, None if qu is None else qu.mean)
+
+    def decode(self, t: Capsules) -> Images:
+        """The decoder's output for every frame: logits (Bernoulli) or means (Gaussian)."""
+        return self.decoder(t.flatten(2)).unflatten(-1, self.image_shape)
+
+    def forward(self, x: Images) -> ELBO:
+        """One sample of the evidence lower bound of every frame (Eq. 12), by its terms."""
+        qz, qu = self.posterior(x)
+        t = self.topography(qz.rsample(), None if qu is None else qu.rsample())
+        log_likelihood = self.likelihood.log_prob(self.decode(t), x)
+        kl_z = kl_from_prior(qz)
+        return ELBO(log_likelihood, kl_z, torch.zeros_like(kl_z) if qu is None else kl_from_prior(qu), t)
+
+    def log_weights(self, x: Images, samples: int) -> Iterator[Frames]:
+        """`samples` draws of `log p(x|t) + log p(z) + log p(u) - log q(z|x) - log q(u|x)` of every frame, in nats."""
+        posteriors = [q for q in self.posterior(x) if q is not None]
+        for _ in range(samples):
+            latents = [q.rsample() for q in posteriors]
+            ratio = sum(
+                (STANDARD_NORMAL.log_prob(s) - q.log_prob(s)).sum((-2, -1))
+                for s, q in zip(latents, posteriors, strict=True)
+            )
+            t = self.topography(*latents, *[None] * (2 - len(latents)))
+            yield self.likelihood.log_prob(self.decode(t), x) + ratio
+
+    def reconstruct(self, x: Images) -> Images:
+        """The expected images at the posterior mean."""
+        return self.likelihood.mean(self.decode(self.encode(x, sample=False)))
+
+    def sample(self, sequences: int, time: int) -> Images:
+        """Images of `sequences` sequences of `time` frames from the prior, on the model's device."""
+        z, u = torch.randn(2, sequences, time, *self.capsule_shape, device=next(self.parameters()).device)
+        return self.likelihood.mean(self.decode(self.topography(z, u)))
+
+    def traverse(self, x: Images, frame: int = 0) -> Images:
+        """Capsule traversal (section 6.1): the images of `Roll_{l - frame}(t_frame)` for every frame `l` of `x`.
+
+        Only the frames inside the temporal window of `frame` are seen by the model; an equivariant one continues the
+        transformation through the others.
+        """
+        t = self.encode(x, sample=False)
+        rolled = [t[:, frame].roll(l - frame, dims=-1) for l in range(x.shape[1])]
+        return self.likelihood.mean(self.decode(torch.stack(rolled, dim=1)))
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and settings into one safetensors file, which `load` reads without pickle."""
+        metadata = {"model": json.dumps({"model": type(self).__name__.lower(), **self.settings}, default=asdict)}
+        save_file(self.state_dict(), path, metadata)
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
+        """Read a model of any class of this module that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a model file.
+
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                settings = json.loads((file.metadata() or {})["model"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if "neighborhood" in settings:
+                settings["neighborhood"] = Neighborhood(**settings["neighborhood"])
+            model = MODELS[settings.pop("model")](**settings)
+            model.load_state_dict(state)
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a model file of this version: {error}") from error
+        return model.to(device)
+
+
+class TVAE(VAE):
+    """The Topographic VAE: `t = (z - mu) / sqrt(W u²)` with a second encoder for `u` (Eq. 10 and 11).
+
+    Args:
+        image_shape: `(channel, height, width)` of a frame.
+        capsules: number of capsules C.
+        capsule_dim: number of dimensions D of a capsule.
+        neighborhood: which `u²` share a denominator; a circular window must fit the sequences and capsules.
+        likelihood: as in `VAE`.
+        mu_init: initial value of the trainable scalar `mu`.
+        backend: as in `tvae_kernels.topographic`.
+
+    Raises:
+        ValueError: as `VAE`, or the capsule window does not fit the capsules.
+
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        capsules: int,
+        capsule_dim: int,
+        neighborhood: Neighborhood,
+        likelihood: str = "bernoulli",
+        mu_init: float = 30.0,
+        backend: str = "auto",
+    ):
+        super().__init__(image_shape, capsules, capsule_dim, likelihood)
+        self.settings |= {"neighborhood": neighborhood, "mu_init": mu_init}
+        neighborhood.check_fits(time=neighborhood.time_window, dim=capsule_dim)
+        n = capsules * capsule_dim
+        self.u_encoder = mlp(math.prod(image_shape), 3 * n, 2 * n, 2 * n)
+        self.topographic = TopographicLayer(neighborhood, mu_init, backend=backend)
+
+    def topography(self, z: Capsules, u: Capsules) -> Capsules:
+        """The topographic layer (Eq. 11)."""
+        return self.topographic(z, u)
+
+    def posterior(self, x: Images) -> tuple[Normal, Normal]:
+        """`q(z|x)` and `q(u|x)`, each of shape `(B, S, C, D)` (Eq. 10 and 11)."""
+        return self._gaussian(self.z_encoder, x), self._gaussian(self.u_encoder, x)
+
+
+class BubbleVAE(TVAE):
+    """The Topographic VAE with stationary temporal coherence (Eq. 8): its neighbourhood does not shift with time.
+
+    Raises:
+        ValueError: as `TVAE`, or the neighbourhood's shift is not 0.
+
+    """
+
+    def __init__(self, image_shape, capsules, capsule_dim, neighborhood: Neighborhood, **settings):
+        if neighborhood.shift != 0:
+            raise ValueError(f"a BubbleVAE is stationary: its neighborhood needs shift 0, got {neighborhood.shift}")
+        super().__init__(image_shape, capsules, capsule_dim, neighborhood, **settings)
+
+
+MODELS = {"tvae": TVAE, "bubblevae": BubbleVAE, "vae": VAE}
+STANDARD_NORMAL = Normal(0.0, 1.0, validate_args=False)
+
+
+def kl_from_prior(q: Normal) -> Frames:
+    """`KL(q || N(0, 1))` summed over the latent variables of every frame, in nats."""
+    return kl_divergence(q, STANDARD_NORMAL).sum((-2, -1))
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLUs between them; `nn.Linear` initialises from U(±1/sqrt(fan-in)), as the paper does."""
+    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
+    return nn.Sequential(*[module for layer in layers for module in (layer, nn.ReLU())][:-1])

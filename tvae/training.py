@@ -1,0 +1,140 @@
+"""Training, from data to checkpoint, in the order in which it happens."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.utils.data import DataLoader
+
+from .data import SequenceStream
+from .metrics import equivariance_error
+from .models import ELBO
+from .presets import Config
+from .run import MetricsLog, Run, RunError
+
+LOG_EVERY = 25  # steps
+CHECKPOINT_EVERY = 500  # steps
+
+
+def train(run: Run, device: str = "auto") -> bool:
+    """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
+
+    Every step draws its sequences and its noise from generators seeded by (seed, step) alone. A resumed run therefore
+    gives the result of an uninterrupted one, bit for bit on a CPU, and no random state is saved.
+
+    Args:
+        run: a new or an interrupted run.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        True when the run is finished and its model written, False when it was interrupted and its state saved.
+
+    Raises:
+        RunError: the loss or a weight is not finite, or the checkpoint cannot be read; the last good state is kept.
+        DataError: the data is missing or damaged.
+
+    """
+    config = run.config
+    fabric = Fabric(accelerator=device, devices=1)
+    source = config.open_source("train", fabric.device)
+    torch.manual_seed(config.seed)
+    model = config.build_model(source.image_shape)
+    optimizer = build_optimizer(config, model)
+    model, optimizer = fabric.setup(model, optimizer)
+    first_step = run.load_checkpoint(model, optimizer)
+
+    stream = SequenceStream(source, config.batch_size, config.seed)
+    batches = DataLoader(stream, batch_size=None, sampler=range(first_step, config.steps))
+    log = MetricsLog(run, first_step)
+    done = first_step
+    with interruption() as interrupted, progress_bar(config.steps, first_step) as show:
+        for batch in batches:
+            seed_noise(config.seed, done)
+            elbo = model(batch.images)
+            loss = -elbo.total.mean()
+            if not torch.isfinite(loss):
+                raise RunError(f"the loss is {loss.item()} in step {done + 1}; {run.advice_after_divergence()}")
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            optimizer.step()
+            done += 1
+
+            if done % LOG_EVERY == 0 or done == config.steps:
+                values = measure(elbo)
+                log.log(done, values)
+                show(done, values)
+            if done % CHECKPOINT_EVERY == 0 or done == config.steps or interrupted():
+                run.save_checkpoint(done, model, optimizer)
+            if interrupted():
+                break
+    log.close()
+    if done < config.steps:
+        return False
+    model.module.save(run.model_file)
+    return True
+
+
+def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """The optimiser over all parameters: SGD with momentum, as in the paper, or Adam."""
+    if config.optimizer == "adam":
+        return Adam(model.parameters(), lr=config.learning_rate)
+    return SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
+
+
+def seed_noise(seed: int, step: int) -> None:
+    """Seed the noise of the latent variables of one step; the key sets it apart from the stream's draws."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=(1000, step)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
+
+
+@torch.no_grad()
+def measure(elbo: ELBO) -> dict[str, float]:
+    """The metrics of one batch, in nats a frame, and its E_eq."""
+    return {
+        "loss": -elbo.total.mean().item(),
+        "log_likelihood": elbo.log_likelihood.mean().item(),
+        "kl_z": elbo.kl_z.mean().item(),
+        "kl_u": elbo.kl_u.mean().item(),
+        "equivariance_error": equivariance_error(elbo.t).mean().item(),
+    }
+
+
+@contextmanager
+def interruption() -> Iterator:
+    """Turn the first Ctrl-C into a question asked between steps; the second one interrupts at once."""
+    caught = []
+
+    def note(signum, frame):
+        caught.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress_bar(steps: int, first_step: int) -> Iterator:
+    """A bar with loss, E_eq and steps/s, advanced by calling it with the number of steps done and their metrics."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=steps, completed=first_step)
+        start = time.perf_counter()
+
+        def show(done: int, values: dict[str, float]) -> None:
+            rate = (done - first_step) / (time.perf_counter() - start)
+            text = f"loss {values['loss']:.1f}  E_eq {values['equivariance_error']:.0f}  {rate:.1f} steps/s"
+            progress.update(task, completed=done, description=text)
+
+        yield show
