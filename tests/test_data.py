@@ -149,13 +149,6 @@ def test_an_epoch_visits_each_example_once():
     assert epochs[0] != epochs[1]
 
 
-def test_without_shuffle_examples_come_in_order_and_start_over():
-    stream = SequenceStream(Echo(), batch_size=50, seed=3, shuffle=False)
-    assert numbers(stream[0]) == numbers(stream[2]) == list(range(50))
-    assert numbers(stream[1]) == list(range(50, 100))
-    assert not torch.equal(stream[0].factors, stream[2].factors)
-
-
 def test_draws_are_uniform():
     """Chi-square of 10,000 draws, below its mean plus five standard deviations."""
     stream = SequenceStream(Echo(), batch_size=100, seed=11)

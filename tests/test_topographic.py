@@ -331,9 +331,12 @@ def test_nan_reaches_the_gradients_that_depend_on_it(kernel_backend, device, whe
 
 
 @pytest.mark.parametrize("where", ["z", "u"])
-def test_inf_in_the_gradients(kernel_backend, device, where):
-    problem = Problem.random((2, 5, 2, 5), small_neighborhood(), "each", device=device)
-    getattr(problem, where).view(-1)[3] = float("inf")
+@pytest.mark.parametrize(("time_boundary", "capsule_boundary"), BOUNDARIES)
+def test_inf_in_the_gradients(kernel_backend, device, where, time_boundary, capsule_boundary):
+    """In the last element, which a tile's lanes beyond a cut edge would read: their 0 · inf must not reach a sum."""
+    neighborhood = small_neighborhood(time_boundary, capsule_boundary)
+    problem = Problem.random((2, 5, 2, 5), neighborhood, "each", weighted=True, device=device)
+    getattr(problem, where).view(-1)[-1] = float("inf")
     expected = problem.judge()
     for name, x in problem.solve(kernel_backend).items():
         assert torch.equal(pattern(x), pattern(expected[name])), name

@@ -103,12 +103,12 @@ class SequenceStream(Dataset[SequenceBatch]):
         DataLoader(stream, batch_size=None, num_workers=n, sampler=range(first, last))
 
     (With workers the source must be on the CPU: a forked process cannot use the GPU.) An epoch visits each example
-    once, in a random order, or in the source's order without `shuffle`, and leaves out the last, incomplete batch.
+    once, in a random order, and leaves out the last, incomplete batch.
     Start poses and transformations are drawn uniformly, anew for each batch. Raises ValueError for a batch_size that
     the examples cannot fill.
     """
 
-    def __init__(self, source: SequenceSource, batch_size: int, seed: int, shuffle: bool = True):
+    def __init__(self, source: SequenceSource, batch_size: int, seed: int):
         if not 1 <= batch_size <= len(source):
             raise ValueError(
                 f"batch_size must be between 1 and the {len(source)} examples of {source.name}, got {batch_size}"
@@ -116,7 +116,6 @@ class SequenceStream(Dataset[SequenceBatch]):
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
-        self.shuffle = shuffle
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     @property
@@ -137,8 +136,6 @@ class SequenceStream(Dataset[SequenceBatch]):
 
     def _examples_of(self, epoch: int) -> Tensor:
         """Examples in the epoch's order; the last epoch asked for is kept."""
-        if not self.shuffle:
-            return torch.arange(len(self.source))
         if epoch != self._epoch:
             self._order = torch.randperm(len(self.source), generator=_generator(self.seed, _EPOCH, epoch))
             self._epoch = epoch
@@ -247,7 +244,7 @@ class _SpriteSource(SequenceSource):
 
     Factors: shape (0 square, 1 ellipse, 2 heart), which no sequence advances; scale, 1 being the largest; orientation
     in radians; x and y in dSprites' unit, 0..1 for its 32 positions, from the left and from the top. The index of an
-    example has the five factors as its digits, shape first. All splits are the same 50,625 examples, as in the paper.
+    example has the five factors as its digits, shape first. All splits are the same 50,625 examples.
     """
 
     image_shape = (1, sprites.IMAGE_SIZE, sprites.IMAGE_SIZE)
