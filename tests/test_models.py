@@ -85,6 +85,15 @@ def test_t_is_the_topographic_variable_of_the_sampled_z_and_u(x):
     torch.testing.assert_close(t, expected)
 
 
+def test_without_sampling_t_is_taken_at_the_means_of_z_and_of_u_squared(x):
+    model = list(models())[1]
+    qz, qu = model.posterior(x)
+    draws = torch.stack([qu.sample().square() for _ in range(4000)])
+    # the mean of 4,000 squares is known to √2 · 1.6 (their spread, at most) / √4000: 4 % to about 1 standard deviation
+    expected = topographic(qz.mean, draws.mean(0).sqrt(), model.topographic.mu, Neighborhood(4, 3))
+    torch.testing.assert_close(model.encode(x, sample=False), expected, rtol=0.05, atol=1e-6)
+
+
 def test_vae_has_no_topography(x):
     model = VAE(SHAPE, 3, 6)
     torch.testing.assert_close(model.encode(x, sample=False), model.posterior(x)[0].mean)

@@ -138,11 +138,14 @@ class VAE(nn.Module):
         return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
 
     def encode(self, x: Images, sample: bool = True) -> Capsules:
-        """The capsules of a sequence: `t` at a sample of the posterior, or at its mean."""
+        """The capsules of a sequence: `t` at a sample of the posterior, or where `z` and `u²` have their means.
+
+        (Not where `u` has its mean: a `u` as broad as its prior would then count as 0, and divide by next to nothing.)
+        """
         qz, qu = self.posterior(x)
         if sample:
             return self.topography(qz.rsample(), None if qu is None else qu.rsample())
-        return self.topography(qz.mean, None if qu is None else qu.mean)
+        return self.topography(qz.mean, None if qu is None else (qu.mean.square() + qu.variance).sqrt())
 
     def decode(self, t: Capsules) -> Images:
         """The decoder's output for every frame: logits (Bernoulli) or means (Gaussian)."""
@@ -169,7 +172,7 @@ class VAE(nn.Module):
             yield self.likelihood.log_prob(self.decode(t), x) + ratio
 
     def reconstruct(self, x: Images) -> Images:
-        """The expected images at the posterior mean."""
+        """The expected images of `encode(x, sample=False)`."""
         return self.likelihood.mean(self.decode(self.encode(x, sample=False)))
 
     def sample(self, sequences: int, time: int) -> Images:
