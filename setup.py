@@ -1,4 +1,4 @@
-"""Package definition of tvae-kernels: the topographic layer (core) and the Topographic VAEs built on it (extra `train`)."""
+"""Package definition: the topographic layer (core) and the Topographic VAEs built on it (extra `train`)."""
 
 from pathlib import Path
 

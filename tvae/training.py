@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -54,9 +54,12 @@ def train(run: Run, device: str = "auto") -> bool:
 
     stream = SequenceStream(source, config.batch_size, config.seed)
     batches = DataLoader(stream, batch_size=None, sampler=range(first_step, config.steps))
-    log = MetricsLog(run, first_step)
     done = first_step
-    with interruption() as interrupted, progress_bar(config.steps, first_step) as show:
+    with (
+        closing(MetricsLog(run, first_step)) as log,
+        interruption() as interrupted,
+        progress_bar(config.steps, first_step) as show,
+    ):
         for batch in batches:
             seed_noise(config.seed, done)
             elbo = model(batch.images)
@@ -76,7 +79,6 @@ def train(run: Run, device: str = "auto") -> bool:
                 run.save_checkpoint(done, model, optimizer)
             if interrupted():
                 break
-    log.close()
     if done < config.steps:
         return False
     model.module.save(run.model_file)
