@@ -12,11 +12,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from . import evaluation, figures
 from .data import DataError, SequenceStream
 from .presets import DEFAULT_PRESET, PRESETS, Config
 from .run import Run, RunError
-from .training import train
+
+# training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
 
 USAGE = """\
 Topographic VAEs: train them, measure how equivariant their capsules are, look at capsule traversals.
@@ -97,6 +97,8 @@ def _train(arguments: list[str]) -> int:
         options = tyro.cli(TrainOptions, args=arguments[named:], default=default, prog=f"tvae train {preset}")
         device = _device(options.device)
         run = _new_run(options)
+    from .training import train
+
     if not train(run, device.type):
         console.print(f"Interrupted; the state is saved. Continue with: tvae train --resume {run.path}", soft_wrap=True)
         return 130
@@ -143,6 +145,8 @@ def _presets(arguments: list[str]) -> int:
 
 def _report(run: Run, config: Config, device: torch.device) -> None:
     """Evaluate the trained model, write the metrics into the run and print them."""
+    from . import evaluation
+
     model = run.load_model(device)
     source = config.open_source("test", device)
     with console.status("evaluating"):
@@ -156,6 +160,8 @@ def _report(run: Run, config: Config, device: torch.device) -> None:
 
 def _draw(run: Run, config: Config, device: torch.device) -> None:
     """Draw the capsule traversals into the run and print the path."""
+    from . import figures
+
     path = run.figures / "traversals.png"
     figures.save(figures.traversals(run.load_model(device), config.open_source("test", device)), path)
     console.print(f"capsule traversals: {path}", soft_wrap=True)

@@ -86,10 +86,10 @@ def train(run: Run, device: str = "auto") -> bool:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """The optimiser over all parameters: SGD with momentum, as in the paper, or Adam."""
+    """The optimiser over all parameters: SGD with momentum, as in the paper, or Adam; fused, one pass over memory."""
     if config.optimizer == "adam":
-        return Adam(model.parameters(), lr=config.learning_rate)
-    return SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
+        return Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    return SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum, fused=True)
 
 
 def seed_noise(seed: int, step: int) -> None:
