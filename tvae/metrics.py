@@ -147,7 +147,10 @@ class CapCorr(Metric):
 
 
 class ELBOTerms(Metric):
-    """The mean terms of the evidence lower bound in nats a frame, by name."""
+    """The mean terms of the evidence lower bound in nats a frame, by name.
+
+    Chance: `BestSingleImage` for "elbo" and "log_likelihood"; 0 for the divergences, of a posterior that is the prior.
+    """
 
     full_state_update = False
     terms = ("elbo", "log_likelihood", "kl_z", "kl_u")
@@ -186,7 +189,10 @@ def log_likelihood(
 
 
 class LogLikelihood(Metric):
-    """Mean log p(x) in nats a frame in both forms of `log_likelihood`: "published" and "bound"."""
+    """Mean log p(x) in nats a frame in both forms of `log_likelihood`: "published" and "bound".
+
+    Chance: `BestSingleImage`.
+    """
 
     higher_is_better = True
     full_state_update = False
