@@ -64,7 +64,10 @@ def forward(
     """Return `t` in the type of `z`, and `r = (v + eps)^(-1/2)` in the compute type, kept for the backward pass."""
     dtype = compute_dtype(z.dtype)
     r = (window_sum(u.to(dtype).square(), neighborhood, weights) + eps).rsqrt_()
-    return ((z.to(dtype) - mu) * r).to(z.dtype), r
+    t = (z.to(dtype) - mu) * r
+    # A conversion that converts nothing must not stand here: traced by torch.compile (2.11) as the output of an
+    # autograd.Function beside an output without a gradient, it silently makes the gradients zero.
+    return (t if t.dtype == z.dtype else t.to(z.dtype)), r
 
 
 def backward(

@@ -71,48 +71,53 @@ def topographic(
     _check_values(z, neighborhood, weights, eps)
     backend = resolve_backend(backend, z.device)
 
-    dtype = torch.result_type(z, u)
+    dtype = torch.promote_types(z.dtype, u.dtype)
     for other in (mu, weights):
-        if isinstance(other, Tensor):
-            dtype = torch.promote_types(dtype, torch.result_type(z, other))
+        if isinstance(other, Tensor) and other.ndim:  # a tensor without dimensions does not promote, as in PyTorch
+            dtype = torch.promote_types(dtype, other.dtype)
     if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
         dtype = torch.float32
     z, u = z.to(dtype), u.to(dtype)
     mu = torch.as_tensor(mu, dtype=compute_dtype(dtype), device=z.device).expand(z.shape[2:])
     weights = None if weights is None else weights.to(compute_dtype(dtype)).contiguous()
     eps = float(eps)
-    if not torch.is_grad_enabled():  # which TopographicFunction cannot see: it would keep r for a parameter
-        z, u, mu, weights = (x if x is None else x.detach() for x in (z, u, mu, weights))
 
     if backend == "reference":
         return reference.topographic(z, u, mu, weights, neighborhood, eps)
-    return TopographicFunction.apply(z, u, mu, weights, neighborhood, eps, backend)
+    # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
+    t, _ = TopographicFunction.apply(z, u, mu, weights, neighborhood, eps, backend, torch.is_grad_enabled())
+    return t
 
 
 class TopographicFunction(torch.autograd.Function):
     """The operation with its hand-written gradient, on checked and promoted inputs; call `topographic`.
 
     Inputs are `z` and `u` of shape `(B, S, C, D)` and one type, `mu` of shape `(C, D)` and `weights` of shape `(W, K)`
-    or None in the compute type, then the neighbourhood, `eps` and the backend, "triton" or "torch".
+    or None in the compute type, then the neighbourhood, `eps`, the backend, "triton" or "torch", and whether to keep
+    what a gradient needs. Returns `t` and `r = (v + eps)^(-1/2)`, which has no gradient and is None unless kept.
     """
 
     @staticmethod
-    def forward(ctx, z, u, mu, weights, neighborhood, eps, backend):
-        """Compute `t`; keep `r = (v + eps)^(-1/2)` where a gradient will be asked for."""
-        needs_r = any(ctx.needs_input_grad[:4])
+    def forward(z, u, mu, weights, neighborhood, eps, backend, save_r):
+        """Compute `t`, and `r` for the backward pass."""
         if backend == "triton":
             from . import kernels
 
-            t, r = kernels.forward(z, u, mu, weights, neighborhood, eps, save_r=needs_r)
-        else:
-            t, r = fallback.forward(z, u, mu, weights, neighborhood, eps)
-        if needs_r:
-            ctx.save_for_backward(z, u, mu, weights, r)
-        ctx.neighborhood, ctx.eps, ctx.backend = neighborhood, eps, backend
-        return t
+            return kernels.forward(z, u, mu, weights, neighborhood, eps, save_r)
+        t, r = fallback.forward(z, u, mu, weights, neighborhood, eps)
+        return t, r if save_r else None
 
     @staticmethod
-    def backward(ctx, dt):
+    def setup_context(ctx, inputs, output):
+        """Keep the inputs and `r`."""
+        z, u, mu, weights, ctx.neighborhood, ctx.eps, ctx.backend, save_r = inputs
+        if save_r:
+            r = output[1]
+            ctx.mark_non_differentiable(r)
+            ctx.save_for_backward(z, u, mu, weights, r)
+
+    @staticmethod
+    def backward(ctx, dt, _):
         """The gradients of `z`, `u`, `mu` and `weights`."""
         z, u, mu, weights, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: only the formula has one
@@ -123,7 +128,30 @@ class TopographicFunction(torch.autograd.Function):
             gradients = kernels.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
         else:
             gradients = fallback.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, z, u, mu, weights, *settings):
+        """Fold the mapped axis into the batch; where `mu` or `weights` are mapped, one call for each value."""
+        z, u = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((z, u), in_dims[:2], strict=True)
+        )
+        if in_dims[2] is None and in_dims[3] is None:
+            t, r = TopographicFunction.apply(z.flatten(0, 1), u.flatten(0, 1), mu, weights, *settings)
+            folded = (info.batch_size, z.shape[1])
+            return (t.unflatten(0, folded), None if r is None else r.unflatten(0, folded)), (
+                0,
+                None if r is None else 0,
+            )
+        mapped = [
+            [x] * info.batch_size if dim is None else x.unbind(dim)
+            for x, dim in zip((mu, weights), in_dims[2:4], strict=True)
+        ]
+        calls = [TopographicFunction.apply(*tensors, *settings) for tensors in zip(z, u, *mapped, strict=True)]
+        ts, rs = zip(*calls, strict=True)
+        has_r = rs[0] is not None
+        return (torch.stack(ts), torch.stack(rs) if has_r else None), (0, 0 if has_r else None)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
