@@ -65,6 +65,22 @@ def test_vmap_over_z_and_mu(transformed_backend, in_dims):
     assert_equal_up_to_rounding(actual, expected)
 
 
+def test_vmap_over_u_and_weights_without_gradients(transformed_backend):
+    z, u = normal(*SHAPE, seed=1), normal(3, *SHAPE, seed=2)
+    weights = normal(3, NEIGHBORHOOD.time_window, NEIGHBORHOOD.capsule_window, seed=3).abs()
+    with torch.no_grad():
+        actual, expected, shared = (
+            torch.vmap(lambda u, w, b=b: topographic(z, u, 0.3, NEIGHBORHOOD, w, backend=b), (0, in_dim))(u, w)
+            for b, w, in_dim in (
+                (transformed_backend, weights, 0),
+                ("reference", weights, 0),
+                (transformed_backend, weights[0], None),
+            )
+        )
+    assert_equal_up_to_rounding(actual, expected)
+    assert_equal_up_to_rounding(shared[0], expected[0])
+
+
 def test_gradients_of_every_sample_and_of_their_sum(transformed_backend):
     z, mu = normal(3, *SHAPE), normal(3)
     kernel, reference = functions(transformed_backend)

@@ -138,20 +138,16 @@ class TopographicFunction(torch.autograd.Function):
             for x, dim in zip((z, u), in_dims[:2], strict=True)
         )
         if in_dims[2] is None and in_dims[3] is None:
-            t, r = TopographicFunction.apply(z.flatten(0, 1), u.flatten(0, 1), mu, weights, *settings)
-            folded = (info.batch_size, z.shape[1])
-            return (t.unflatten(0, folded), None if r is None else r.unflatten(0, folded)), (
-                0,
-                None if r is None else 0,
-            )
-        mapped = [
-            [x] * info.batch_size if dim is None else x.unbind(dim)
-            for x, dim in zip((mu, weights), in_dims[2:4], strict=True)
-        ]
-        calls = [TopographicFunction.apply(*tensors, *settings) for tensors in zip(z, u, *mapped, strict=True)]
-        ts, rs = zip(*calls, strict=True)
-        has_r = rs[0] is not None
-        return (torch.stack(ts), torch.stack(rs) if has_r else None), (0, 0 if has_r else None)
+            folded = TopographicFunction.apply(z.flatten(0, 1), u.flatten(0, 1), mu, weights, *settings)
+            outputs = [None if x is None else x.unflatten(0, z.shape[:2]) for x in folded]
+        else:
+            mapped = [
+                [x] * info.batch_size if dim is None else x.unbind(dim)
+                for x, dim in zip((mu, weights), in_dims[2:4], strict=True)
+            ]
+            calls = [TopographicFunction.apply(*tensors, *settings) for tensors in zip(z, u, *mapped, strict=True)]
+            outputs = [None if xs[0] is None else torch.stack(xs) for xs in zip(*calls, strict=True)]
+        return tuple(outputs), tuple(None if x is None else 0 for x in outputs)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
