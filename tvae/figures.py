@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .data import SequenceSource, SequenceStream
+from .data import SequenceBatch, SequenceSource, SequenceStream
 from .models import TVAE, VAE
 
 FIGURE_SEED = 7
@@ -50,8 +49,7 @@ def traversals(model: VAE, source: SequenceSource) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG at twice the screen's resolution, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"savefig.facecolor": "white"}):
-        figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=200)
 
 
 def frames_seen(model: VAE, steps: int) -> Tensor:
@@ -67,11 +65,11 @@ def frames_seen(model: VAE, steps: int) -> Tensor:
     return seen
 
 
-def _one_sequence_each(source: SequenceSource):
+def _one_sequence_each(source: SequenceSource) -> SequenceBatch:
     """The first sequence of every transformation in a fixed, seeded batch."""
     batch = SequenceStream(source, 64, FIGURE_SEED)[0]
     first = torch.stack([(batch.transformation == kind).int().argmax() for kind in source.transformations])
-    return type(batch)(*(x[first] for x in batch))
+    return SequenceBatch(*(x[first] for x in batch))
 
 
 def _show(axes, image: np.ndarray, visible: bool) -> None:

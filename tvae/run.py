@@ -145,12 +145,12 @@ class MetricsLog:
 
     def __init__(self, run: Run, step: int):
         self._path = run.path / "metrics.csv"
-        self._rows = []
+        rows = []
         if self._path.exists():
             with self._path.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         self._path.unlink(missing_ok=True)
-        for row in self._rows:
+        for row in rows:
             self._write(row)
         self._tensorboard = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
 

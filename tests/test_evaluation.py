@@ -1,0 +1,34 @@
+"""Evaluating a model on the fixed test set: repeatable, on the stated sequences, beside the right chance levels."""
+
+import pytest
+import torch
+
+from tvae import VAE
+from tvae.data import SequenceStream, SpriteSequences
+from tvae.evaluation import EVALUATION_SEED, evaluate
+
+
+def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
+    source = SpriteSequences()
+    torch.manual_seed(0)
+    model = VAE(source.image_shape, 2, 15)
+    torch.nn.init.zeros_(model.decoder[-1].weight)  # the image no longer depends on the latent variables
+    state = torch.get_rng_state()
+    rows = {row.metric: row for row in evaluate(model, source, sequences=8, batch_size=4, samples=2)}
+    assert torch.equal(torch.get_rng_state(), state)
+
+    stream = SequenceStream(source, 4, EVALUATION_SEED)
+    x = torch.cat([stream[0].images, stream[1].images])
+    with torch.no_grad():
+        expected = model.likelihood.log_prob(model.decoder[-1].bias.view(1, 1, 1, 64, 64).expand_as(x), x).mean()
+    assert rows["log p(x|t)"].value == pytest.approx(expected.item(), rel=1e-5)
+    assert rows["ELBO"].value == pytest.approx(rows["log p(x|t)"].value - rows["KL z"].value - rows["KL u"].value)
+    mean = x.double().mean((0, 1))
+    chance = (torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum().item()
+    for name in ("ELBO", "log p(x|t)", "log p(x), as published, 2 samples", "log p(x), bound, 2 samples"):
+        assert rows[name].chance == pytest.approx(chance)
+    assert rows["E_eq"].value == pytest.approx(rows["E_eq"].chance, rel=0.1)  # z is noise: iid Gaussian, nearly
+    assert rows["KL u"].value == rows["KL z"].chance == 0
+
+    again = evaluate(model, source, sequences=8, batch_size=4, samples=2)
+    assert [row.value for row in again if row.metric == "ELBO"] == [rows["ELBO"].value]
