@@ -30,5 +30,6 @@ def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
     assert rows["E_eq"].value == pytest.approx(rows["E_eq"].chance, rel=0.1)  # z is noise: iid Gaussian, nearly
     assert rows["KL u"].value == rows["KL z"].chance == 0
 
+    torch.manual_seed(1)  # whatever the random state before
     again = evaluate(model, source, sequences=8, batch_size=4, samples=2)
-    assert [row.value for row in again if row.metric == "ELBO"] == [rows["ELBO"].value]
+    assert str(again) == str(list(rows.values()))  # NaN, of a roll that never varied, equals itself as text
