@@ -5,22 +5,35 @@ import copy
 import pytest
 import torch
 
-from tvae_kernels import Neighborhood, TopographicLayer, topographic
+from tvae_kernels import Neighborhood, TopographicLayer, operators, topographic
 
 NEIGHBORHOOD = Neighborhood(5, 3)
-SHAPE = (4, 6, 3, 6)
+SHAPE = (2, 6, 2, 6)
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled():
+    torch._dynamo.reset()
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so itself
+quiet = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so
+
+
+@pytest.fixture(scope="module", params=["torch", "triton"])
+def transformed_backend(request):
+    return request.getfixturevalue("triton") if request.param == "triton" else request.param
+
+
+@quiet
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("time_boundary", ["circular", "zero"])
-def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(dtype, time_boundary):
-    neighborhood = Neighborhood(5, 3, time_boundary=time_boundary)
-    layer = TopographicLayer(neighborhood, mu_init=0.3, backend="torch")
+@pytest.mark.parametrize("boundary", ["time_boundary", "capsule_boundary", None])
+def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(transformed_backend, dtype, boundary):
+    neighborhood = Neighborhood(5, 3, **({boundary: "zero"} if boundary else {}))
+    layer = TopographicLayer(neighborhood, mu_init=0.3, backend=transformed_backend)
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     results = []
     for module in (layer, compiled):
@@ -34,9 +47,64 @@ def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(dtype, time_b
         assert expected.abs().sum() > 0
 
 
-@pytest.fixture(scope="module", params=["torch", "triton"])
-def transformed_backend(request):
-    return request.getfixturevalue("triton") if request.param == "triton" else request.param
+@quiet
+def test_another_batch_size_compiles_once_more_and_no_third_does(transformed_backend):
+    """The second size makes the batch a variable; from then on nothing is compiled again."""
+    layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3, backend=transformed_backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    counts = []
+    for batch in (2, 3, 5, 4, 7):
+        z, u = (normal(batch, *SHAPE[1:], seed=s).requires_grad_() for s in (1, 2))
+        t = compiled(z, u)
+        assert torch.equal(t, layer(z, u))
+        t.sum().backward()
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 2, 2, 2]
+
+
+@quiet
+def test_a_batch_marked_as_dynamic_is_compiled_once(transformed_backend):
+    layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3, backend=transformed_backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch in (3, 5, 2):
+        z, u = (normal(batch, *SHAPE[1:], seed=s).requires_grad_() for s in (1, 2))
+        for x in (z, u):
+            torch._dynamo.mark_dynamic(x, 0)
+        compiled(z, u).sum().backward()
+    assert counter.frame_count == 1
+
+
+# The kernels that keep r for the backward pass and those that do not, with and without weights.
+OPERATOR_CASES = {
+    "plain": (Neighborhood(3, 2), False),
+    "cut": (Neighborhood(3, 2, capsule_boundary="zero"), False),
+    "weighted": (Neighborhood(3, 2), True),
+}
+
+
+@quiet
+@pytest.mark.parametrize(("neighborhood", "weighted"), OPERATOR_CASES.values(), ids=OPERATOR_CASES)
+@pytest.mark.parametrize("save_r", [True, False])
+def test_operators_keep_their_promises(triton, neighborhood, weighted, save_r):
+    """`opcheck`: the schema, the shapes and types that the compilers are told, tracing with dynamic shapes."""
+    shape = (1, 4, 2, 4)
+    z, u, dt = (normal(*shape, seed=s).float() for s in (1, 2, 3))
+    weights = normal(3, 2, seed=4).abs().float() if weighted else None
+    mu = torch.tensor(0.3)
+    fields = operators._fields(neighborhood, shape[3])
+    torch.library.opcheck(operators._forward, (z, u, mu, weights, *fields, 1e-6, save_r))
+    r = operators._forward(z, u, mu, weights, *fields, 1e-6, True)[1]
+    torch.library.opcheck(operators._backward, (dt, z, u, mu, weights, r, *fields, 1e-6))
+
+
+def test_any_integer_is_a_shift_of_an_operator():
+    for shift in (10**30, -(10**30), 7, -8):
+        for boundary in ("circular", "zero"):
+            n = Neighborhood(3, 2, shift, capsule_boundary=boundary)
+            kept = operators._fields(n, 7)[2]
+            assert kept == (shift % 7 if boundary == "circular" else max(-9, min(9, shift)))
 
 
 def functions(backend):
@@ -90,8 +158,8 @@ def test_gradients_of_every_sample_and_of_their_sum(transformed_backend):
     assert_equal_up_to_rounding(*total)
 
 
-def test_exported_program_gives_the_same():
-    layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3)
+def test_exported_program_gives_the_same(transformed_backend):
+    layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3, backend=transformed_backend)
     z, u = normal(*SHAPE, seed=1).float(), normal(*SHAPE, seed=2).float()
     program = torch.export.export(layer, (z, u)).module()
     torch.testing.assert_close(program(z, u), layer(z, u))

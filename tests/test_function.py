@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tvae_kernels import Neighborhood, TopographicFunction, fallback, topographic
+from tvae_kernels import Neighborhood, fallback, function, topographic
 from tvae_kernels.function import resolve_backend
 
 SHAPE = (2, 4, 2, 3)
@@ -124,7 +124,7 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
         monkeypatch.setattr(module, attribute, lambda *args, **options: ran.append(name) or original(*args, **options))
 
     spy(fallback, "forward", "torch")
-    spy(TopographicFunction, "apply", "function")
+    spy(function, "_apply", "function")
     topographic(ones(), ones(), backend="reference")
     assert ran == []
     topographic(ones(), ones(), backend="torch")

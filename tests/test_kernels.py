@@ -4,35 +4,45 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import Problem, assert_within
+from numerics import Problem, assert_within, window_matrix
 
 from tvae_kernels import Neighborhood, TopographicLayer, topographic
 
 kernels = pytest.importorskip("tvae_kernels.kernels", exc_type=ImportError)
 
 
-class NeverWrites:
-    """A kernel that returns at once, whatever its grid and its arguments."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: None
-
-
-def test_an_element_nobody_writes_would_show(triton, monkeypatch, device):
-    """The `triton` fixture, under which all tests of these kernels run, makes unwritten memory NaN."""
-    interpreted = kernels.interpreted()
-    monkeypatch.setattr(kernels, "interpreted", lambda: interpreted)
-    problem = Problem.random((2, 3, 2, 5), Neighborhood(2, 2), weighted=True, device=device)
-    monkeypatch.setattr(kernels, "topographic_backward_kernel", NeverWrites())
-    result = problem.solve(triton)
-    assert result["t"].isfinite().all()
-    for name in ("dz", "du", "dmu", "dweights"):
-        assert result[name].isnan().all(), name
-    monkeypatch.setattr(kernels, "topographic_forward_kernel", NeverWrites())
-    assert problem.solve(triton)["t"].isnan().all()
+# A neighbourhood and a shape for each pair of kernels, by name, and whether the backward pass reads what was kept.
+KINDS = {
+    "whole": ((2, 18, 3, 18), Neighborhood(5, 3), False),
+    "whole, time cut": ((2, 7, 3, 18), Neighborhood(5, 3, time_boundary="zero"), False),
+    "ring": ((2, 7, 3, 18), Neighborhood(5, 3), False),
+    "tile": ((1, 140, 1, 100), Neighborhood(4, 2), False),
+    "tile, r kept": ((1, 70, 1, 200), Neighborhood(24, 3), True),
+    "taps": ((2, 7, 3, 18), Neighborhood(5, 3, capsule_boundary="zero"), True),
+}
+kinds = pytest.mark.parametrize(("shape", "neighborhood", "keeps_r"), KINDS.values(), ids=KINDS)
 
 
-def test_r_is_kept_only_where_gradients_are_recorded(triton, monkeypatch, device):
+@kinds
+def test_every_pair_of_kernels_is_chosen_where_it_is_meant_to_be(triton, shape, neighborhood, keeps_r, request):
+    kind = request.node.callspec.id.split(",")[0]
+    x = torch.empty(shape)
+    choice = kernels._choose(x, x, x, torch.zeros(()), None, neighborhood, 1e-6)
+    if kind == "taps":
+        assert choice is None
+    else:
+        assert choice.kind == kind.replace("ring", "tile")
+        assert choice.plan.RING.value == (kind == "ring")
+        assert choice.plan.SAVE_R.value == keeps_r
+
+
+@kinds
+def test_every_pair_of_kernels(triton, device, shape, neighborhood, keeps_r):
+    Problem.random(shape, neighborhood, device=device).check(triton)
+
+
+@kinds
+def test_r_is_kept_only_where_it_will_be_read(triton, monkeypatch, device, shape, neighborhood, keeps_r):
     """A forward pass that nobody can differentiate writes t and nothing else."""
     kept = []
 
@@ -42,17 +52,47 @@ def test_r_is_kept_only_where_gradients_are_recorded(triton, monkeypatch, device
         return t, r
 
     monkeypatch.setattr(kernels, "forward", forward)
-    problem = Problem.random((1, 3, 1, 5), Neighborhood(2, 2), weighted=True, device=device)
-    layer = TopographicLayer(problem.neighborhood, backend=triton).to(device)
+    problem = Problem.random(shape, neighborhood, device=device)
+    layer = TopographicLayer(neighborhood, backend=triton).to(device)
     leaf = problem.z.clone().requires_grad_()
-    weights = problem.weights.requires_grad_()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             layer(problem.z, problem.u)
-            topographic(leaf, problem.u, problem.mu, problem.neighborhood, weights, backend=triton)
+            topographic(leaf, problem.u, problem.mu, neighborhood, backend=triton)
     assert kept == [False] * 4
     layer(problem.z, problem.u)
-    assert kept.pop()
+    assert kept.pop() == keeps_r
+
+
+@kinds
+def test_an_element_nobody_writes_would_show(triton, monkeypatch, device, shape, neighborhood, keeps_r):
+    """The `triton` fixture, under which all tests of these kernels run, makes unwritten memory NaN."""
+    problem = Problem.random(shape, neighborhood, device=device)
+    launch = kernels._launch
+
+    def launch_forward_only(x, kernel, *args, **options):
+        if "forward" in kernel.fn.__name__:
+            launch(x, kernel, *args, **options)
+
+    monkeypatch.setattr(kernels, "_launch", launch_forward_only)
+    result = problem.solve(triton)
+    assert result["t"].isfinite().all()
+    assert all(result[name].isnan().all() for name in ("dz", "du", "dmu"))
+    monkeypatch.setattr(kernels, "_launch", lambda *args, **options: None)
+    assert problem.solve(triton)["t"].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-19, 1e-21])
+def test_windows_of_subnormal_squares(triton, device, dtype, size):
+    """Where `u²` is subnormal in float32, t is as large as it must be, not infinite."""
+    u = torch.full((1, 4, 1, 4), size, dtype=dtype, device=device)
+    u[:, 2] *= -0.5
+    t = topographic(torch.full_like(u, 1e-15), u, 0.0, Neighborhood(3, 2), eps=0.0, backend=triton)
+    v = window_matrix(Neighborhood(3, 2), 4, 4) @ u.square().cpu().double().flatten()
+    expected = 1e-15 * v.reshape(u.shape) ** -0.5
+    # u² is a multiple of 2^-149 in float32: at 1e-42 about 1 part in 700 is lost
+    torch.testing.assert_close(t.cpu().double(), expected, rtol=1e-3 if size < 1e-20 else 1e-5, atol=0)
 
 
 @pytest.fixture(scope="module")

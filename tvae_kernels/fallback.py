@@ -1,72 +1,127 @@
 """The `torch` backend: the reference's numbers in few PyTorch operations, on any device.
 
-The window sum is separable and built by doubling: with `p₁ = x` and `p₂ₙ[l] = pₙ[l] + pₙ[l + n]`, a window of W frames
-takes at most `2·log2(W)` shifted additions instead of W. Only additions of non-negative terms occur, so the relative
-error stays below that of the plain sum; a running sum that subtracts what leaves the window would not have that.
+Along the taps of one window, the position moves by `shift` with each frame. Numbered by `e = d - shift·l` instead of d,
+it stands still: the window over time becomes a plain sum over W consecutive frames, which PyTorch adds up in registers
+in one pass, whatever W. So the window sum is
+
+    skew     y[m, e] = x[m, e + shift·m], both axes continued around their circles as far as the windows reach
+    time     s[l, e] = Σ_i y[l + i, e]
+    capsule  s[l, e] = Σ_k s[l, e + k]
+    unskew   v[l, d] = s[l, d - shift·l]
+
+Only additions of non-negative terms occur, so the relative error stays below that of the plain sum; a running sum that
+subtracts what leaves the window would not have that. No product occurs either, so that inf and NaN stay in the windows
+that hold them. A cut edge is a circle with enough zeros between its ends.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .neighborhood import Neighborhood
-from .reference import compute_dtype, shifted
+from .reference import compute_dtype
 
 
 def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, adjoint: bool = False) -> Tensor:
-    """`reference.window_sum`, faster: `(B, S, C, D)` to `(B, S, C, D)`."""
-    if weights is not None:  # a weighted window is neither separable nor a doubling: one tap at a time
+    """`reference.window_sum`, faster: `(B, S, C, D)` to `(B, S, C, D)`, which may be `x` itself."""
+    taps = neighborhood.time_window * neighborhood.capsule_window
+    if weights is None and taps == 1:
+        return x
+    # One tap at a time: a weighted window, which does not separate into time and capsule, and a few taps, whose rolls
+    # cost less than to skew and unskew.
+    if weights is not None or taps <= 4:
         return reference.window_sum(x, neighborhood, weights, adjoint)
-    sign = -1 if adjoint else 1
-    dim = x.shape[-1]
-    # The sum along the capsule reaches past a cut edge, from where the sum along time may come back inside.
-    reach = neighborhood.capsule_window // 2 if neighborhood.capsule_boundary == "zero" else 0
-    x = F.pad(x, (reach, reach)) if reach else x
-    x = _line_sum(x, neighborhood.capsule_taps, (0, sign), neighborhood)
-    x = _line_sum(x, neighborhood.time_taps, (sign, sign * neighborhood.shift), neighborhood)
-    return x.narrow(-1, reach, dim)
+    shape, (_, steps, capsules, dim) = x.shape, x.shape
+    frames, positions, (more_steps, more_dim) = _circle(steps, dim, neighborhood, adjoint)
+    window, width = len(frames), len(positions)
+    if more_steps or more_dim:
+        x = F.pad(x, (0, more_dim, 0, 0, 0, more_steps))
+
+    circle = steps + more_steps, dim + more_dim
+    shift = neighborhood.shift % circle[1] if window > 1 else 0
+    lines, line = steps + window - 1, circle[1] + width - 1  # y: as far as the windows reach
+    skew = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
+    x = x.flatten(1).index_select(1, skew)
+    if window > 1:
+        frame = capsules * line
+        # `unfold(1, window, 1)`, but a compiler must have y in memory for it rather than skew again for every tap
+        windows = x.as_strided((len(x), steps, frame, window), (lines * frame, frame, 1, frame))
+        x = windows.sum(-1).flatten(1)
+    if width > 1:  # straight through memory: what is summed across the end of a line is never read
+        inside = x.shape[1] - width + 1
+        total = x[:, :inside] + x[:, 1 : inside + 1]
+        for k in range(2, width):
+            total += x[:, k : inside + k]
+        x = total
+    unskew = _indices((0, steps), capsules, (0, dim), -shift, circle, line, x.device)
+    return x.index_select(1, unskew).view(shape)
 
 
-def _line_sum(x: Tensor, taps: range, step: tuple[int, int], neighborhood: Neighborhood) -> Tensor:
-    """`Σ_m x[l + m·step₀, d + m·step₁]` over the offsets m in `taps`, which contain 0."""
-    if "zero" not in (neighborhood.time_boundary, neighborhood.capsule_boundary):
-        return _doubling_sum(x, taps.start, len(taps), step, neighborhood)
-    # With a cut edge, walk outwards from the centre on both sides: what has left the array never comes back into it.
-    total = _doubling_sum(x, 0, taps.stop, step, neighborhood)
-    if taps.start < 0:
-        total = total + _doubling_sum(x, 1, -taps.start, (-step[0], -step[1]), neighborhood)
-    return total
+def _circle(steps: int, dim: int, neighborhood: Neighborhood, adjoint: bool) -> tuple[range, range, tuple[int, int]]:
+    """The taps in time and capsule, and how many zeros to put at the ends of both axes to treat them as circles.
+
+    With as many zeros as the longest step, a tap that leaves a cut axis lands on a zero, on either side.
+    """
+    frames, positions, shift = neighborhood.time_taps, neighborhood.capsule_taps, abs(neighborhood.shift)
+    if adjoint:
+        frames, positions = (range(1 - taps.stop, 1 - taps.start) for taps in (frames, positions))
+    pad_time = pad_capsule = 0
+    if neighborhood.time_boundary == "zero":
+        frames = _within(frames, steps - 1)
+        pad_time = _reach(frames)
+    if neighborhood.capsule_boundary == "zero":
+        if shift:  # frames whose every position lies outside contribute nothing
+            frames = _within(frames, (dim - 1 + _reach(positions)) // shift)
+        pad_capsule = shift * _reach(frames) + _reach(positions)
+    return frames, positions, (pad_time, pad_capsule)
 
 
-def _doubling_sum(x: Tensor, first: int, count: int, step: tuple[int, int], neighborhood: Neighborhood) -> Tensor:
-    """`Σ_{m = first}^{first + count - 1} x[l + m·step₀, d + m·step₁]` from partial sums of 1, 2, 4, … terms."""
+def _reach(taps: range) -> int:
+    return max(-taps.start, taps.stop - 1)
 
-    def at(p: Tensor, m: int) -> Tensor:
-        return shifted(p, m * step[0], m * step[1], neighborhood)
 
-    total, partial, terms = None, x, 1
-    while True:
-        if count & terms:
-            part = at(partial, first)
-            total = part if total is None else total + part
-            first += terms
-        if 2 * terms > count:
-            return total
-        partial = partial + at(partial, terms)
-        terms *= 2
+def _within(taps: range, reach: int) -> range:
+    return range(max(taps.start, -reach), min(taps.stop, reach + 1))
+
+
+def _indices(
+    frames: tuple[int, int],
+    capsules: int,
+    positions: tuple[int, int],
+    shift: int,
+    circle: tuple[int, int],
+    line: int,
+    device: torch.device,
+) -> Tensor:
+    """Where on the circles `[l, c, e + shift·l]` lies, in memory with lines of `line` elements.
+
+    For every l and e of `frames` and `positions`, each a start and a length, and every capsule c; flattened.
+    """
+    # the largest number on the way is an index, or a step along the capsule before it is taken around the circle
+    largest = max(circle[0] * capsules * line, circle[1] * (circle[0] + frames[1]) + line)
+    dtype = torch.int32 if largest < 2**31 else torch.int64
+    l = torch.arange(frames[0], sum(frames), dtype=dtype, device=device)[:, None]
+    e = torch.arange(positions[0], sum(positions), dtype=dtype, device=device)
+    c = torch.arange(capsules, dtype=dtype, device=device)
+    starts = (l % circle[0] * capsules + c) * line
+    return (starts[:, :, None] + ((e + shift * l) % circle[1])[:, None]).flatten()
 
 
 def forward(
     z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return `t` in the type of `z`, and `r = (v + eps)^(-1/2)` in the compute type, kept for the backward pass."""
+    """Return `t` in the type of `z`, and `r = (v + eps)^(-1/2)` in the compute type, kept for the backward pass.
+
+    Here `mu` is any tensor in the compute type that broadcasts to `(C, D)`.
+    """
     dtype = compute_dtype(z.dtype)
-    r = (window_sum(u.to(dtype).square(), neighborhood, weights) + eps).rsqrt_()
+    r = window_sum(u.to(dtype).square(), neighborhood, weights).add_(eps).rsqrt_()
     t = (z.to(dtype) - mu) * r
-    # A conversion that converts nothing must not stand here: traced by torch.compile (2.11) as the output of an
-    # autograd.Function beside an output without a gradient, it silently makes the gradients zero.
+    # Neither a conversion that converts nothing nor an operation in place may make `t`: traced by torch.compile (2.11)
+    # as an output of an autograd.Function beside an output without a gradient, it silently makes the gradients zero.
     return (t if t.dtype == z.dtype else t.to(z.dtype)), r
 
 
@@ -79,12 +134,15 @@ def backward(
     r: Tensor,
     neighborhood: Neighborhood,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The formulas of `reference.topographic_backward`, from the saved `r`."""
+    """The formulas of `reference.topographic_backward`, from the saved `r`; `dmu` has the shape of `mu`."""
     dtype = compute_dtype(z.dtype)
-    u = u.to(dtype)
+    out, z, u = z.dtype, z.to(dtype), u.to(dtype)
     dz = dt.to(dtype) * r
-    dmu = -dz.sum((0, 1))
-    g = (z.to(dtype) - mu).mul_(dz).mul_(r).mul_(r).mul_(-0.5)
-    du = window_sum(g, neighborhood, weights, adjoint=True).mul_(u).mul_(2)
-    dw = None if weights is None else reference.weight_gradient(g, u.square(), neighborhood)
-    return dz.to(z.dtype), du.to(z.dtype), dmu, dw
+    dmu = -dz.sum_to_size(mu.shape)
+
+    def g() -> Tensor:  # twice the reference's: its factors -½ and 2 meet in du
+        return (mu - z).mul_(dz).mul_(r).mul_(r)
+
+    dw = None if weights is None else reference.weight_gradient(g(), u.square(), neighborhood) / 2
+    du = window_sum(g(), neighborhood, weights, adjoint=True).mul_(u)  # g has no name: once skewed, its memory is free
+    return dz.to(out), du.to(out), dmu, dw

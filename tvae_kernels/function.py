@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from . import fallback, reference
+from . import fallback, operators, reference
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
 
@@ -77,33 +78,45 @@ def topographic(
             dtype = torch.promote_types(dtype, other.dtype)
     if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
         dtype = torch.float32
-    z, u = z.to(dtype), u.to(dtype)
-    mu = torch.as_tensor(mu, dtype=compute_dtype(dtype), device=z.device).expand(z.shape[2:])
-    weights = None if weights is None else weights.to(compute_dtype(dtype)).contiguous()
+    z, u = _in_type(z, dtype), _in_type(u, dtype)
+    if isinstance(mu, Tensor):
+        mu = _in_type(mu, compute_dtype(dtype))
+    else:  # written on the device: a copy to it would wait for it and could not be captured in a CUDA graph
+        mu = torch.full((), float(mu), dtype=compute_dtype(dtype), device=z.device)
+    weights = None if weights is None else _in_type(weights, compute_dtype(dtype)).contiguous()
     eps = float(eps)
 
     if backend == "reference":
         return reference.topographic(z, u, mu, weights, neighborhood, eps)
     # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
-    t, _ = TopographicFunction.apply(z, u, mu, weights, neighborhood, eps, backend, torch.is_grad_enabled())
-    return t
+    apply = TopographicFunction.apply if _transformed() else _apply
+    return apply(z, u, mu, weights, neighborhood, eps, backend, torch.is_grad_enabled())[0]
+
+
+def _in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, without the time that a conversion which converts nothing takes."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _transformed() -> bool:
+    """Whether a program transformation runs: one of torch.compile, torch.export or torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class TopographicFunction(torch.autograd.Function):
     """The operation with its hand-written gradient, on checked and promoted inputs; call `topographic`.
 
-    Inputs are `z` and `u` of shape `(B, S, C, D)` and one type, `mu` of shape `(C, D)` and `weights` of shape `(W, K)`
-    or None in the compute type, then the neighbourhood, `eps`, the backend, "triton" or "torch", and whether to keep
-    what a gradient needs. Returns `t` and `r = (v + eps)^(-1/2)`, which has no gradient and is None unless kept.
+    Inputs are `z` and `u` of shape `(B, S, C, D)` and one type, `mu` that broadcasts to `(C, D)` and `weights` of shape
+    `(W, K)` or None in the compute type, then the neighbourhood, `eps`, the backend, "triton" or "torch", and whether a
+    gradient may be asked for. Returns `t` and what the backend keeps for it: `r = (v + eps)^(-1/2)`, which has no
+    gradient, or None where computing it again is cheaper.
     """
 
     @staticmethod
     def forward(z, u, mu, weights, neighborhood, eps, backend, save_r):
         """Compute `t`, and `r` for the backward pass."""
         if backend == "triton":
-            from . import kernels
-
-            return kernels.forward(z, u, mu, weights, neighborhood, eps, save_r)
+            return _launcher().forward(z, u, mu, weights, neighborhood, eps, save_r)
         t, r = fallback.forward(z, u, mu, weights, neighborhood, eps)
         return t, r if save_r else None
 
@@ -113,7 +126,8 @@ class TopographicFunction(torch.autograd.Function):
         z, u, mu, weights, ctx.neighborhood, ctx.eps, ctx.backend, save_r = inputs
         if save_r:
             r = output[1]
-            ctx.mark_non_differentiable(r)
+            if r is not None:
+                ctx.mark_non_differentiable(r)
             ctx.save_for_backward(z, u, mu, weights, r)
 
     @staticmethod
@@ -123,9 +137,7 @@ class TopographicFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: only the formula has one
             gradients = reference.topographic_backward(dt, z, u, mu, weights, ctx.neighborhood, ctx.eps)
         elif ctx.backend == "triton":
-            from . import kernels
-
-            gradients = kernels.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
+            gradients = _launcher().backward(dt, z, u, mu, weights, r, ctx.neighborhood, ctx.eps)
         else:
             gradients = fallback.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
         return *gradients, None, None, None, None
@@ -150,6 +162,20 @@ class TopographicFunction(torch.autograd.Function):
         return tuple(outputs), tuple(None if x is None else 0 for x in outputs)
 
 
+# `Function.apply` binds the arguments to the signature of `forward` at every call, for torch.func, which takes longer
+# than all else on the host; this is the method below it, which does not.
+_apply = super(torch.autograd.Function, TopographicFunction).apply
+
+
+def _launcher():
+    """The kernels, through operators that a compiler can see or, in less time, directly."""
+    if torch.compiler.is_compiling():
+        return operators
+    from . import kernels
+
+    return kernels
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that will run for tensors on `device`: "triton", "torch" or "reference".
 
@@ -171,6 +197,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def _triton_installed() -> bool:
+    if "triton" in sys.modules:  # the search takes longer than a launch
+        return sys.modules["triton"] is not None
     return importlib.util.find_spec("triton") is not None
 
 

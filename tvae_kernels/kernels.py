@@ -3,14 +3,16 @@
 Importing this module needs Triton. With `TRITON_INTERPRET=1` set before the first import the same kernels run through
 Triton's interpreter on tensors of any device, slowly, for tests.
 
-Every program handles a tile of `BLOCK_S` frames by `BLOCK_D` positions of one capsule of one sequence. Both only
-gather (an output element is written by one program, once), so there are no atomics and two runs give the same bits.
-Reads repeated by the taps of a window are served by the caches. Offsets are 64-bit: tensors may pass 2³¹ elements.
+Here the kernels are chosen and launched; `kernels_plain` and `kernels_taps` hold them. All only gather (an output
+element is written by one program, once), so there are no atomics and two runs give the same bits. What a kernel is
+compiled for depends on the neighbourhood, the type, D, and for short sequences S, never on the batch: nothing is tuned
+at run time.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,176 +20,78 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .kernels_plain import (
+    Plan,
+    tile_backward_kernel,
+    tile_forward_kernel,
+    whole_backward_kernel,
+    whole_forward_kernel,
+)
+from .kernels_taps import taps_backward_kernel, taps_forward_kernel
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
+_MOST_FRAMES = {torch.float32: 32, torch.float64: 18}  # that a lane can hold in registers
+_MOST_ELEMENTS = {torch.float32: 8192, torch.float64: 4096}  # that a tile can hold in registers
+_MOST_POSITIONS = 512  # of a capsule that lies in one program
+_WARP = 64 if torch.version.hip else 32
 
 
-@triton.jit
-def _tile(C, TILES_S, TILES_D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which sequence `b`, capsule `c` and row of tiles this program handles, its frames and its positions."""
-    pid = tl.program_id(0)
-    tile_d = pid % TILES_D
-    tile_s = pid // TILES_D % TILES_S
-    bc = pid // TILES_D // TILES_S
-    frames = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    positions = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    return (bc // C).to(tl.int64), (bc % C).to(tl.int64), tile_s, frames, positions
+class Choice(NamedTuple):
+    """The kernels for plain windows that suit a problem."""
 
+    kind: str  # "whole" or "tile"
+    plan: Plan
+    warps: int
 
-@triton.jit
-def _moved(index, offset, size, CIRCULAR: tl.constexpr):
-    """`index + offset` on an axis of `size` elements, and whether it is inside; circular axes wrap around."""
-    if CIRCULAR:
-        moved = index + (offset % size + size) % size
-        return tl.where(moved >= size, moved - size, moved), index < size
-    else:
-        moved = index + offset
-        return moved, (index < size) & (moved >= 0) & (moved < size)
-
-
-@triton.jit
-def _reciprocal_root(x):
-    """`x^(-1/2)` by a correctly rounded root and a correctly rounded quotient: at most 1 ulp off."""
-    if x.dtype == tl.float64:  # always correctly rounded; the _rn functions take float32 only
-        return 1.0 / tl.sqrt(x)
-    else:
-        return tl.div_rn(tl.full(x.shape, 1.0, x.dtype), tl.sqrt_rn(x))
-
-
-@triton.jit
-def topographic_forward_kernel(
-    z, u, mu, w, t, r,
-    S, C, D, TILES_S, TILES_D,
-    z_stride_b, z_stride_s, z_stride_c, z_stride_d,
-    u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d,
-    EPS: tl.constexpr,
-    FIRST_I: tl.constexpr, W: tl.constexpr, FIRST_K: tl.constexpr, K: tl.constexpr, SHIFT: tl.constexpr,
-    TIME_CIRCULAR: tl.constexpr, CAPSULE_CIRCULAR: tl.constexpr, WEIGHTED: tl.constexpr, SAVE_R: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """`r = (Σ_{i,k} w[i,k] · u[l+i, d + SHIFT·i + k]² + EPS)^(-1/2)` and `t = (z - mu) · r`, one tile a program.
-
-    Strides count elements; `t`, `r` and `w` are contiguous. `r` is written where the backward pass will need it.
-    """
-    b, c, _, frames, positions = _tile(C, TILES_S, TILES_D, BLOCK_S, BLOCK_D)
-    l, d = frames[:, None], positions[None, :]
-    u += b * u_stride_b + c * u_stride_c
-    v = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-    for i in range(FIRST_I, FIRST_I + W):
-        row, row_inside = _moved(l, i, S, TIME_CIRCULAR)
-        for k in range(FIRST_K, FIRST_K + K):
-            column, column_inside = _moved(d, SHIFT * i + k, D, CAPSULE_CIRCULAR)
-            at = row.to(tl.int64) * u_stride_s + column.to(tl.int64) * u_stride_d
-            x = tl.load(u + at, mask=row_inside & column_inside, other=0.0).to(ACC)
-            if WEIGHTED:
-                v += tl.load(w + (i - FIRST_I) * K + (k - FIRST_K)) * (x * x)
-            else:
-                v += x * x
-    reciprocal = _reciprocal_root(v + EPS)
-
-    inside = (l < S) & (d < D)
-    l, d = l.to(tl.int64), d.to(tl.int64)
-    z_at = b * z_stride_b + l * z_stride_s + c * z_stride_c + d * z_stride_d
-    numerator = tl.load(z + z_at, mask=inside).to(ACC) - tl.load(mu + c * mu_stride_c + d * mu_stride_d, mask=d < D)
-    out_at = ((b * S + l) * C + c) * D + d
-    tl.store(t + out_at, (numerator * reciprocal).to(t.dtype.element_ty), mask=inside)
-    if SAVE_R:
-        tl.store(r + out_at, reciprocal, mask=inside)
-
-
-@triton.jit
-def topographic_backward_kernel(
-    dt, z, u, mu, w, r, dz, du, dmu_parts, dw_parts,
-    S, C, D, TILES_S, TILES_D,
-    dt_stride_b, dt_stride_s, dt_stride_c, dt_stride_d,
-    z_stride_b, z_stride_s, z_stride_c, z_stride_d,
-    u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d,
-    FIRST_I: tl.constexpr, W: tl.constexpr, FIRST_K: tl.constexpr, K: tl.constexpr, SHIFT: tl.constexpr,
-    TIME_CIRCULAR: tl.constexpr, CAPSULE_CIRCULAR: tl.constexpr, WEIGHTED: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """With `g = -½ · dt · (z - mu) · r³`: `dz = dt · r`, `du[n] = 2 · u[n] · Σ_{i,k} w[i,k] · g[n - (i, SHIFT·i + k)]`.
-
-    One tile a program, which also leaves its share of `dmu = -Σ dt · r` (summed over the tile's frames) and of
-    `dw[i,k] = Σ g · u[tap]²` (summed over the tile) for a small, ordered reduction. `r`, `dz`, `du` and `w` are
-    contiguous, `dmu_parts` is `(B, TILES_S, C, D)` and `dw_parts` is `(programs, W, K)`.
-    """
-    b, c, tile_s, frames, positions = _tile(C, TILES_S, TILES_D, BLOCK_S, BLOCK_D)
-    l, d = frames[:, None], positions[None, :]
-    dt += b * dt_stride_b + c * dt_stride_c
-    z += b * z_stride_b + c * z_stride_c
-    u += b * u_stride_b + c * u_stride_c
-    mu += c * mu_stride_c
-    capsule = (b * S * C + c) * D  # of the contiguous tensors, whose frames lie C·D apart
-
-    gathered = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-    for i in range(FIRST_I, FIRST_I + W):
-        row, row_inside = _moved(l, -i, S, TIME_CIRCULAR)
-        row = row.to(tl.int64)
-        for k in range(FIRST_K, FIRST_K + K):
-            column, column_inside = _moved(d, -(SHIFT * i + k), D, CAPSULE_CIRCULAR)
-            column = column.to(tl.int64)
-            tap = row_inside & column_inside
-            dt_tap = tl.load(dt + row * dt_stride_s + column * dt_stride_d, mask=tap, other=0.0).to(ACC)
-            z_tap = tl.load(z + row * z_stride_s + column * z_stride_d, mask=tap, other=0.0).to(ACC)
-            r_tap = tl.load(r + capsule + row * C * D + column, mask=tap, other=0.0)
-            g_tap = dt_tap * r_tap * ((z_tap - tl.load(mu + column * mu_stride_d, mask=tap, other=0.0)) * r_tap) * r_tap
-            if WEIGHTED:
-                gathered += tl.load(w + (i - FIRST_I) * K + (k - FIRST_K)) * g_tap
-            else:
-                gathered += g_tap
-
-    inside = (l < S) & (d < D)
-    row, column = l.to(tl.int64), d.to(tl.int64)
-    at = capsule + row * C * D + column
-    u_here = tl.load(u + row * u_stride_s + column * u_stride_d, mask=inside, other=0.0).to(ACC)
-    # 2 · u · (-½ · gathered): the factor -½ of g is taken out of the sum
-    tl.store(du + at, (-u_here * gathered).to(du.dtype.element_ty), mask=inside)
-
-    r_here = tl.load(r + at, mask=inside, other=0.0)
-    dz_here = tl.load(dt + row * dt_stride_s + column * dt_stride_d, mask=inside, other=0.0).to(ACC) * r_here
-    tl.store(dz + at, dz_here.to(dz.dtype.element_ty), mask=inside)
-    parts_at = ((b * TILES_S + tile_s) * C + c) * D + positions
-    tl.store(dmu_parts + parts_at, -tl.sum(dz_here, axis=0), mask=positions < D)
-
-    if WEIGHTED:
-        z_here = tl.load(z + row * z_stride_s + column * z_stride_d, mask=inside, other=0.0).to(ACC)
-        mu_here = tl.load(mu + column * mu_stride_d, mask=d < D, other=0.0)
-        g = tl.where(inside, -0.5 * dz_here * ((z_here - mu_here) * r_here) * r_here, 0.0)
-        dw_parts += tl.program_id(0).to(tl.int64) * W * K
-        for i in range(FIRST_I, FIRST_I + W):
-            row_tap, row_inside = _moved(l, i, S, TIME_CIRCULAR)
-            for k in range(FIRST_K, FIRST_K + K):
-                column_tap, column_inside = _moved(d, SHIFT * i + k, D, CAPSULE_CIRCULAR)
-                u_at = row_tap.to(tl.int64) * u_stride_s + column_tap.to(tl.int64) * u_stride_d
-                x = tl.load(u + u_at, mask=row_inside & column_inside, other=0.0).to(ACC)
-                tl.store(dw_parts + (i - FIRST_I) * K + (k - FIRST_K), tl.sum(g * x * x))
+    @property
+    def frames(self) -> tuple[int, int]:
+        """Frames that one program answers for, forward and backward; 0 means all."""
+        frames, window, save_r, ring = (getattr(self.plan, name).value for name in ("FRAMES", "W", "SAVE_R", "RING"))
+        if self.kind == "whole" or ring:
+            return 0, 0
+        return frames - window + 1, frames - (1 if save_r else 2) * (window - 1)
 
 
 def interpreted() -> bool:
     """Whether the kernels run through Triton's interpreter, which takes tensors of any device."""
-    return isinstance(topographic_forward_kernel, InterpretedFunction)
+    return isinstance(whole_forward_kernel, InterpretedFunction)
+
+
+def keeps_r(z: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float) -> bool:
+    """Whether `forward` with `save_r` returns `r`: only where reading it costs less than computing it again."""
+    plain = weights is None and mu.numel() == 1
+    S, D = int(z.shape[1]), int(z.shape[3])
+    return not plain or _reads_r(_choice(neighborhood, S, D, compute_dtype(z.dtype), eps, False))
+
+
+def _reads_r(choice: Choice | None) -> bool:
+    return choice is None or choice.plan.SAVE_R.value
 
 
 def forward(
     z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float, save_r: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `fallback.forward`; without `save_r` the second result is None and nothing but `t` is written."""
-    _, S, C, D = z.shape
+    """Return `t`, and `r = (v + eps)^(-1/2)` if it is asked for and the backward pass will read it, else None."""
+    B, S, C, D = z.shape
     t = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    choice = _choose(z, u, z, mu, weights, neighborhood, eps)
+    save_r = save_r and _reads_r(choice)
     r = torch.empty(z.shape, dtype=compute_dtype(z.dtype), device=z.device) if save_r else None
-    tiles_s, tiles_d, meta = _launch_parameters(z, neighborhood, weights)
-    programs = z.shape[0] * C * tiles_s * tiles_d
-    if programs:
-        with _device_of(z):
-            topographic_forward_kernel[(programs,)](
-                z, u, mu, weights, t, r, S, C, D, tiles_s, tiles_d,
-                *z.stride(), *u.stride(), *mu.stride(), EPS=eps, SAVE_R=save_r, **meta,
-            )  # fmt: skip
+    if choice is None:
+        tiles_s, tiles_d, meta = _taps_parameters(z, neighborhood, weights)
+        grid = (B * C * tiles_s * tiles_d,)
+        arguments = (z, u, mu, weights, t, r, S, C, D, tiles_s, tiles_d, *z.stride(), *u.stride(), *_mu_strides(z, mu))
+        _launch(z, taps_forward_kernel, grid, *arguments, EPS=eps, SAVE_R=save_r, **meta)
+    else:
+        grid = _grid(choice, choice.frames[0], B * C, S)
+        strides = (B * C, C, S, *z.stride(), *u.stride())
+        if choice.kind == "whole":
+            _launch(z, whole_forward_kernel, grid, z, u, mu, t, *strides, P=choice.plan, num_warps=choice.warps)
+        else:
+            options = {"SAVE_R": save_r, "P": choice.plan, "num_warps": choice.warps}
+            _launch(z, tile_forward_kernel, grid, z, u, mu, t, r, *strides, **options)
     return t, r
 
 
@@ -197,28 +101,136 @@ def backward(
     u: Tensor,
     mu: Tensor,
     weights: Tensor | None,
-    r: Tensor,
+    r: Tensor | None,
     neighborhood: Neighborhood,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `fallback.backward`."""
+    """Return `dz`, `du`, `dmu` of the shape of `mu` and `dw` (None without weights), from what `forward` returned."""
     B, S, C, D = z.shape
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     du = torch.empty_like(dz)
-    tiles_s, tiles_d, meta = _launch_parameters(z, neighborhood, weights)
-    programs = B * C * tiles_s * tiles_d
-    dmu_parts = torch.empty((B, tiles_s, C, D), dtype=r.dtype, device=z.device)
-    dw_parts = None if weights is None else weights.new_empty((programs, *weights.shape))
-    if programs:
-        with _device_of(z):
-            topographic_backward_kernel[(programs,)](
-                dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, S, C, D, tiles_s, tiles_d,
-                *dt.stride(), *z.stride(), *u.stride(), *mu.stride(), **meta,
-            )  # fmt: skip
-    return dz, du, dmu_parts.sum((0, 1)), None if dw_parts is None else dw_parts.sum(0)
+    accumulator = compute_dtype(z.dtype)
+    choice = _choose(z, u, dt, mu, weights, neighborhood, eps)
+    if choice is None:
+        tiles_s, tiles_d, meta = _taps_parameters(z, neighborhood, weights)
+        programs = B * C * tiles_s * tiles_d
+        dmu_parts = torch.empty((B, tiles_s, C, D), dtype=accumulator, device=z.device)
+        dw_parts = None if weights is None else weights.new_empty((programs, *weights.shape))
+        arguments = (dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, S, C, D, tiles_s, tiles_d)
+        strides = (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(z, mu))
+        _launch(z, taps_backward_kernel, (programs,), *arguments, *strides, **meta)
+        return dz, du, dmu_parts.sum_to_size(mu.shape), None if dw_parts is None else dw_parts.sum(0)
+
+    grid = _grid(choice, choice.frames[1], B * C, S)
+    dmu_parts = torch.empty(grid, dtype=accumulator, device=z.device)
+    strides = (B * C, C, S, *dt.stride(), *z.stride(), *u.stride())
+    options = {"P": choice.plan, "num_warps": choice.warps}
+    if choice.kind == "whole":
+        _launch(z, whole_backward_kernel, grid, dt, z, u, mu, dz, du, dmu_parts, *strides, **options)
+    else:
+        _launch(z, tile_backward_kernel, grid, dt, z, u, mu, r, dz, du, dmu_parts, *strides, **options)
+    return dz, du, dmu_parts.sum().reshape(mu.shape), None
 
 
-def _launch_parameters(z: Tensor, neighborhood: Neighborhood, weights: Tensor | None) -> tuple[int, int, dict]:
-    """Tiles along time and capsule, and the compile-time arguments the two kernels share."""
+def _launch(x: Tensor, kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Launch on the device of `x`, which need not be the current one; an empty grid has nothing to launch."""
+    if 0 in grid:
+        return
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def _grid(choice: Choice, frames: int, capsules: int, steps: int) -> tuple[int, int]:
+    return triton.cdiv(capsules, choice.plan.CAPSULES.value), triton.cdiv(steps, frames) if frames else 1
+
+
+# --- plain windows ----------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    z: Tensor, u: Tensor, dt: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float
+) -> Choice | None:
+    """The kernels for plain windows that suit the problem, or None if it is for `kernels_taps`."""
+    _, S, C, D = z.shape
+    if weights is not None or mu.numel() != 1:
+        return None
+    extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(3) for x in (z, u, dt)]
+    wide = max(*extents, S * C * D) >= 2**31
+    return _choice(neighborhood, S, D, compute_dtype(z.dtype), eps, wide)
+
+
+@lru_cache(maxsize=1024)
+def _choice(
+    neighborhood: Neighborhood, S: int, D: int, accumulator: torch.dtype, eps: float, wide: bool
+) -> Choice | None:
+    if neighborhood.capsule_boundary != "circular" or not 0 < D <= _MOST_POSITIONS or S == 0:
+        return None
+    circular = neighborhood.time_boundary == "circular"
+    shift, taps = neighborhood.shift % D, neighborhood.time_taps
+    if not circular:  # taps that are outside for every frame
+        taps = range(max(taps.start, 1 - S), min(taps.stop, S))
+    fields = {
+        "D": D,
+        "SHIFT": shift,
+        "FIRST_I": taps.start,
+        "W": len(taps),
+        "FIRST_K": neighborhood.capsule_taps.start,
+        "K": neighborhood.capsule_window,
+        "CIRCULAR": circular,
+        "EPS": eps,
+        "ACC": _ACCUMULATOR[accumulator],
+        "INDEX": tl.int64 if wide else tl.int32,
+        "S": S,
+        "FRAMES": 0,
+        "RING": False,
+        "SAVE_R": False,
+    }
+    width = triton.next_power_of_2(D)
+    most = _MOST_FRAMES[accumulator]
+    if S <= most and (not circular or shift * S % D == 0):
+        lanes = max(width, 64)
+        return Choice("whole", _plan(fields, lanes), lanes // _WARP)
+    for lanes in (max(width, 64), width):  # first full rows of lanes, then as few as can be, for more frames
+        fits = _frames_of_a_tile(S, len(taps), circular, _MOST_ELEMENTS[accumulator] // lanes)
+        if fits is not None:
+            frames, ring, save_r = fits
+            fields |= {"S": S if ring else 0, "FRAMES": frames, "RING": ring, "SAVE_R": save_r}
+            return Choice("tile", _plan(fields, lanes), max(1, min(16, frames * lanes // 512)))
+    return None
+
+
+def _frames_of_a_tile(steps: int, window: int, circular: bool, most: int) -> tuple[int, bool, bool] | None:
+    """How many frames a tile holds, whether they are a whole circle, and whether `r` is saved; None if none will do.
+
+    Frames that a window reaches into are held beside those that the tile answers for, by two windows if the backward
+    pass computes `r` again and by one if it is saved. At least half of the tile, or else a quarter, must be answers.
+    """
+    if circular and steps <= most:
+        return triton.next_power_of_2(steps), True, False
+    for share in (0.75, 0.5):
+        frames = 64
+        while frames <= most:
+            if frames - 2 * (window - 1) >= share * frames:
+                return frames, False, False
+            frames *= 2
+    if most - (window - 1) >= most / 4:
+        return most, False, True
+    return None
+
+
+def _plan(fields: dict, lanes: int) -> Plan:
+    fields = fields | {"LANES": lanes, "CAPSULES": lanes // fields["D"]}
+    return Plan(**{name: tl.constexpr(value) for name, value in fields.items()})
+
+
+# --- all other windows ------------------------------------------------------------------------------------------------
+
+
+def _taps_parameters(z: Tensor, neighborhood: Neighborhood, weights: Tensor | None) -> tuple[int, int, dict]:
+    """Tiles along time and capsule, and the compile-time arguments that the two kernels share."""
     _, S, _, D = z.shape
     block_d = min(triton.next_power_of_2(max(D, 1)), 64)
     block_s = min(triton.next_power_of_2(max(S, 1)), 1024 // block_d)
@@ -244,6 +256,6 @@ def _launch_parameters(z: Tensor, neighborhood: Neighborhood, weights: Tensor | 
     return triton.cdiv(S, block_s), triton.cdiv(D, block_d), meta
 
 
-def _device_of(x: Tensor):
-    """Launch on the tensor's own device, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+def _mu_strides(z: Tensor, mu: Tensor) -> tuple[int, int]:
+    """Of `mu` along the capsules and their positions."""
+    return mu.expand(z.shape[2:]).stride()

@@ -76,7 +76,7 @@ def topographic(
     Args:
         z: `(B, S, C, D)`.
         u: `(B, S, C, D)`, of the type of `z`.
-        mu: `(C, D)`, in the compute type.
+        mu: of a shape that broadcasts to `(C, D)`, in the compute type.
         weights: `(W, K)` in the compute type, or None for ones.
         neighborhood: the taps.
         eps: added to the window sum inside the root.
@@ -102,7 +102,7 @@ def topographic_backward(
         z: as in `topographic`, and so are `u`, `mu`, `weights`, `neighborhood` and `eps`.
 
     Returns:
-        `dz` and `du` of shape `(B, S, C, D)` in the type of `z`; `dmu` of shape `(C, D)` and `dw` of shape `(W, K)`
+        `dz` and `du` of shape `(B, S, C, D)` in the type of `z`; `dmu` of the shape of `mu` and `dw` of shape `(W, K)`
         (None without weights) in the compute type.
 
     """
@@ -114,7 +114,7 @@ def topographic_backward(
     g = -0.5 * dz * (z - mu) * r * r
     du = 2 * u * window_sum(g, neighborhood, weights, adjoint=True)
     dw = None if weights is None else weight_gradient(g, squares, neighborhood)
-    return dz.to(out), du.to(out), -dz.sum((0, 1)), dw
+    return dz.to(out), du.to(out), -dz.sum_to_size(mu.shape), dw
 
 
 def weight_gradient(g: Tensor, squares: Tensor, neighborhood: Neighborhood) -> Tensor:
