@@ -1,53 +1,144 @@
-"""`python -m benchmarks step`: measure on this machine, write JSON, print a table."""
+"""`python -m benchmarks COMMAND`: measure on this machine, write JSON with every sample, print tables."""
 
 import json
+import re
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import environment, step
+from . import environment, results
 
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Measure one benchmark on the machine at hand."""
-
-    benchmark: tyro.conf.Positional[Literal["step"]]
-    """step: the time of a whole training step at the paper's sizes, data included."""
-    data_dir: Path | None = None
-    """Folder with MNIST; without it only the models on sprites are measured."""
-    steps: int = 50
-    """Samples."""
-    output: Path = RESULTS / "step-cpu.json"
-    """JSON file to write."""
+console = Console()
 
 
-def main() -> None:
-    """Run the benchmark that the command line names."""
-    options = tyro.cli(Options)
+def run_operation(samples: int = 15, match: str = "", output: Path | None = None, resume: bool = False) -> None:
+    """Time the operation beside its peers on this machine's GPU, or on its CPU if it has none.
+
+    Every peer is checked against float64 before it is timed. Without `--output` and `--match` the tables in README.md
+    and docs/ and the roofline figure are made from the result.
+
+    Args:
+        samples: of each peer in each direction; slow peers get fewer.
+        match: only the cases whose names contain this regular expression, as "W18 K3 float32".
+        output: JSON file to write, after every case; by default benchmarks/results/operation-MACHINE.json.
+        resume: keep the cases that the file has already, from a run on the same machine, versions and commit.
+
+    """
+    from . import operation, peers, report
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # the convolution computes in float32 like the others
+    described = environment.describe()
+    file = output or results.path(described, device.type)
+    chosen = [case for case in operation.cases(device.type) if re.search(match, case.name)]
+    if not chosen:
+        raise SystemExit(f"no case matches {match!r}; there is {operation.PAPER.name!r}, for one")
+    content = {
+        "environment": described,
+        "device": device.type,
+        "unit": "us",
+        "ours": peers.OURS[device.type],
+        "cases": [],
+    }
+    if resume and file.exists():
+        content = _resumed(json.loads(file.read_text()), described)
+    done = {_name(data) for data in content["cases"]}
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for case in chosen:
+            if case.name not in done:
+
+                def say(what: str, case=case) -> None:
+                    progress.update(task, description=f"{case.name}: {what}")
+
+                content["cases"].append(operation.measure(case, device, samples, say))
+                results.write(file, content)
+            progress.advance(task)
+    if device.type == "cuda":
+        content["latency"] = operation.measure_latency(device, samples)
+        results.write(file, content)
+    result = results.Result.read(file)
+    for table in (report.summary_table, report.targets_table):
+        console.print(Markdown(f"{report.caption(result)}\n\n{table(result)}"))
+    console.print(f"written to {file}")
+    if output is None and not match:
+        run_report()
+
+
+def run_report() -> None:
+    """Fill the benchmark tables of README.md and docs/ and draw the figures, from the results at hand."""
+    from . import report
+
+    for file in report.update():
+        console.print(f"written to {file}")
+
+
+def run_step(data_dir: Path | None = None, steps: int = 50, output: Path = results.FOLDER / "step-cpu.json") -> None:
+    """Time a whole training step at the paper's sizes, data included.
+
+    Args:
+        data_dir: folder with MNIST; without it only the models on sprites are measured.
+        steps: samples.
+        output: JSON file to write.
+
+    """
+    from . import step
+
     rows = {}
-    for name, config in step.presets(options.data_dir).items():
-        rows[name] = step.measure(replace(config, data_dir=options.data_dir), options.steps)
-    options.output.parent.mkdir(exist_ok=True)
+    for name, config in step.presets(data_dir).items():
+        rows[name] = step.measure(replace(config, data_dir=data_dir), steps)
+    output.parent.mkdir(exist_ok=True)
     result = {"environment": environment.describe(), "unit": "ms", "samples": rows}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(_table(rows))
-    print(f"written to {options.output}")
-
-
-def _table(rows: dict[str, dict[str, list[float]]]) -> Table:
+    output.write_text(json.dumps(result, indent=1) + "\n")
     table = Table("preset", *step.PARTS, "whole step", title="median milliseconds of a training step")
     for name, samples in rows.items():
         whole = [sum(parts) for parts in zip(*samples.values(), strict=True)]
         table.add_row(name, *(f"{statistics.median(x):.1f}" for x in (*samples.values(), whole)))
-    return table
+    console.print(table)
+    console.print(f"written to {output}")
+
+
+def run_machine_code(output: Path | None = None) -> None:
+    """Compile the kernels ahead of time, for GPUs that need not be there, and count what their machine code does.
+
+    Args:
+        output: JSON file for everything found, the assembler text included.
+
+    """
+    from . import machine_code
+
+    machine_code.main(output)
+
+
+def _resumed(content: dict, described: dict) -> dict:
+    """The content of a file that a run described so may add to."""
+    before = content["environment"]
+    changed = [key for key in described if key != "date" and before.get(key) != described[key]]
+    if changed:
+        raise SystemExit(f"cannot resume: {', '.join(changed)} changed since the file was written")
+    return content
+
+
+def _name(data: dict) -> str:
+    from .operation import Case
+
+    return Case(tuple(data["shape"]), data["time_window"], data["capsule_window"], data["dtype"]).name
+
+
+COMMANDS = {"operation": run_operation, "step": run_step, "machine-code": run_machine_code, "report": run_report}
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
 
 
 if __name__ == "__main__":

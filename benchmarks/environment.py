@@ -1,6 +1,7 @@
 """Where a figure was measured: hardware, versions, commit and date."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -12,16 +13,31 @@ PACKAGES = ("torch", "triton", "numpy", "lightning-fabric")
 
 
 def describe() -> dict:
-    """Hardware, versions, commit and date, to stand beside every figure."""
+    """Hardware, driver, versions, commit and date, to stand beside every figure."""
     return {
         "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: not measured on a GPU",
+        **_gpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
+        "commit": _output("git", "describe", "--always", "--dirty") or "unknown",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _gpu() -> dict:
+    if not torch.cuda.is_available():
+        return {"gpu": "none: not measured on a GPU"}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": properties.name,
+        "gpu memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "gpu cache": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+        "driver": query.splitlines()[0] if query else "unknown",
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
     }
 
 
@@ -41,7 +57,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""

@@ -1,4 +1,4 @@
-"""The operation inside PyTorch's program transformations: torch.compile, torch.export and torch.func."""
+"""The operation inside PyTorch's program transformations and between processes."""
 
 import copy
 
@@ -12,12 +12,15 @@ SHAPE = (2, 6, 2, 6)
 
 
 @pytest.fixture(autouse=True)
-def forget_what_was_compiled():
+def forget_what_was_compiled(device):
     torch._dynamo.reset()
+    with device:  # where tensors and modules are made unless they say otherwise
+        yield
 
 
 def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(torch.get_default_device())
 
 
 quiet = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so
@@ -163,3 +166,43 @@ def test_exported_program_gives_the_same(transformed_backend):
     z, u = normal(*SHAPE, seed=1).float(), normal(*SHAPE, seed=2).float()
     program = torch.export.export(layer, (z, u)).module()
     torch.testing.assert_close(program(z, u), layer(z, u))
+
+
+class Doubled(torch.nn.Module):
+    """The layer on two linear maps of its input, so that all of its gradients reach parameters."""
+
+    def __init__(self, backend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.to_z, self.to_u = (torch.nn.Linear(SHAPE[3], SHAPE[3], dtype=torch.float64) for _ in range(2))
+        self.layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3, backend=backend).double()
+
+    def forward(self, x):
+        return self.layer(self.to_z(x), self.to_u(x))
+
+
+def gradients(module, x):
+    module(x).square().mean().backward()
+    return {name.removeprefix("module."): p.grad for name, p in module.named_parameters()}
+
+
+def train_on_a_half(rank, folder, backend, device):
+    """What each of two processes does."""
+    torch.set_default_device(device)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    module = torch.nn.parallel.DistributedDataParallel(Doubled(backend))
+    torch.save(gradients(module, normal(4, *SHAPE[1:])[2 * rank : 2 * rank + 2]), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(transformed_backend, device, tmp_path):
+    torch.multiprocessing.spawn(train_on_a_half, (str(tmp_path), transformed_backend, device), nprocs=2)
+    expected = gradients(Doubled(transformed_backend), normal(4, *SHAPE[1:]))
+    assert len(expected) == 5
+    for rank in range(2):
+        actual = torch.load(tmp_path / str(rank))
+        assert actual.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert gradient.abs().sum() > 0
+            assert_equal_up_to_rounding(actual[name], gradient)

@@ -1,10 +1,11 @@
 """The fast window sum against the plain one; the whole backend is tested in test_topographic.py."""
 
+import pytest
 import torch
 from hypothesis import given, settings
-from numerics import problems
+from numerics import MU_SHAPES, Problem, assert_within, problems
 
-from tvae_kernels import Neighborhood, fallback, reference
+from tvae_kernels import Neighborhood, fallback, reference, topographic
 
 
 @settings(max_examples=300)
@@ -38,3 +39,66 @@ def test_window_sum_leaves_its_input_alone():
     for n in (Neighborhood(), Neighborhood(4, 3), Neighborhood(3, 2, time_boundary="zero", capsule_boundary="zero")):
         fallback.window_sum(x, n)
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("mu", [name for name in MU_SHAPES if name != "none"])
+def test_mu_and_its_gradient_keep_their_shape(mu):
+    """The backend takes any `mu` that broadcasts to `(C, D)`, without expanding it."""
+    problem = Problem.random((2, 4, 2, 3), Neighborhood(3, 2), mu)
+    arguments = (problem.z, problem.u, problem.mu, None)
+    t, r = fallback.forward(*arguments, problem.neighborhood, problem.eps)
+    dz, du, dmu, _ = fallback.backward(problem.dt, *arguments, r, problem.neighborhood)
+    expected, bounds = problem.judge(), problem.bounds()
+    assert dmu.shape == problem.mu.shape
+    for name, x in {"t": t, "dz": dz, "du": du, "dmu": dmu}.items():
+        assert_within(name, x, expected[name], bounds[name])
+
+
+def peak_memory(run) -> int:
+    """The most bytes that were allocated at once on the CPU while `run()` ran, beyond those before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        kept = run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    assert allocated >= sum(x.nbytes for x in kept)  # the profiler has seen the results
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("shape", "neighborhood"),
+    [
+        ((64, 18, 18, 18), Neighborhood(18, 3)),
+        ((64, 15, 15, 15), Neighborhood(15, 3)),
+        ((8, 18, 18, 18), Neighborhood(18, 3)),
+        ((8, 256, 16, 64), Neighborhood(18, 3)),
+    ],
+)
+def test_memory_stays_within_four_times_the_inputs(shape, neighborhood):
+    """`t`, `r` and the gradients make two and a half times `z` and `u`; the rest is the working space."""
+    z, u = (torch.ones(shape, requires_grad=True) for _ in range(2))
+    mu = torch.tensor(0.5, requires_grad=True)
+    dt = torch.ones(shape)
+
+    def run():
+        t = topographic(z, u, mu, neighborhood, backend="torch")
+        return t, *torch.autograd.grad(t, (z, u, mu), dt)
+
+    run()
+    assert peak_memory(run) <= 4 * (z.nbytes + u.nbytes)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
+def test_the_default_compiler_gives_the_same_numbers():
+    problem = Problem.random((2, 18, 3, 18), Neighborhood(18, 3))
+    leaves = [x.detach().requires_grad_() for x in problem.leaves.values()]
+    compiled = torch.compile(topographic, fullgraph=True)
+    t = compiled(*leaves, problem.neighborhood, eps=problem.eps, backend="torch")
+    gradients = torch.autograd.grad(t, leaves, problem.dt)
+    expected, bounds = problem.judge(), problem.bounds()
+    for name, x in zip(expected, (t, *gradients), strict=True):
+        assert_within(name, x, expected[name], bounds[name])

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import Problem, assert_within, window_matrix
 
 from tvae_kernels import Neighborhood, TopographicLayer, topographic
@@ -80,6 +82,47 @@ def test_an_element_nobody_writes_would_show(triton, monkeypatch, device, shape,
     assert all(result[name].isnan().all() for name in ("dz", "du", "dmu"))
     monkeypatch.setattr(kernels, "_launch", lambda *args, **options: None)
     assert problem.solve(triton)["t"].isnan().all()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 64 elements and lanes that hold one frame, so that small problems have many tiles with halos."""
+    monkeypatch.setattr(kernels, "_MOST_ELEMENTS", dict.fromkeys(kernels._MOST_ELEMENTS, 64))
+    monkeypatch.setattr(kernels, "_MOST_FRAMES", dict.fromkeys(kernels._MOST_FRAMES, 1))
+    kernels._choice.cache_clear()
+    yield
+    kernels._choice.cache_clear()
+
+
+@st.composite
+def tiled_problems(draw) -> Problem:
+    """Problems of 2 to 40 frames in tiles of 16 or 32, whose windows may leave but few frames without a halo."""
+    D, S = draw(st.integers(2, 4)), draw(st.integers(2, 40))
+    boundary = draw(st.sampled_from(["circular", "zero"]))
+    window, width = draw(st.integers(1, min(S, 13))), draw(st.integers(1, D))
+    shift, causal = draw(st.integers(-D, D)), draw(st.booleans())
+    return Problem.random(
+        (draw(st.integers(1, 2)), S, draw(st.integers(1, 3)), D),
+        Neighborhood(window, width, shift, causal, time_boundary=boundary),
+        eps=draw(st.sampled_from([0.0, 1e-6])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def test_many_small_tiles(triton, device, small_tiles):
+    reached = set()
+
+    @settings(max_examples=25)
+    @given(tiled_problems())
+    def check(problem):
+        choice = kernels._choose(problem.z, problem.u, problem.dt, problem.mu, None, problem.neighborhood, problem.eps)
+        plan = None if choice is None else choice.plan
+        reached.add("taps" if plan is None else "r kept" if plan.SAVE_R else "ring" if plan.RING else "halo")
+        problem.check(triton)
+
+    check()
+    assert reached >= {"halo", "r kept", "ring"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -160,11 +203,11 @@ def test_launches_on_the_device_of_the_tensors(triton):
 def test_a_cuda_graph_can_capture_the_operation(triton, device):
     """Nothing is tuned, compiled or read back once the kernels have run."""
     problem = Problem.random((2, 7, 2, 5), Neighborhood(4, 3), device=device)
-    arguments = (problem.z, problem.u, problem.mu, problem.neighborhood)
-    expected = topographic(*arguments, backend=triton)
+    expected = problem.solve(triton)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        t = topographic(*arguments, backend=triton)
-    t.zero_()
+        actual = problem.solve(triton)
+    for x in actual.values():
+        x.zero_()
     graph.replay()
-    assert torch.equal(t, expected)
+    assert all(torch.equal(x, expected[name]) for name, x in actual.items())

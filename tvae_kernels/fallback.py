@@ -48,8 +48,7 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = N
     if window > 1:
         frame = capsules * line
         # `unfold(1, window, 1)`, but a compiler must have y in memory for it rather than skew again for every tap
-        windows = x.as_strided((len(x), steps, frame, window), (lines * frame, frame, 1, frame))
-        x = windows.sum(-1).flatten(1)
+        x = x.as_strided((len(x), steps, frame, window), (lines * frame, frame, 1, frame)).sum(-1).flatten(1)
     if width > 1:  # straight through memory: what is summed across the end of a line is never read
         inside = x.shape[1] - width + 1
         total = x[:, :inside] + x[:, 1 : inside + 1]

@@ -190,7 +190,7 @@ def _choice(
     }
     width = triton.next_power_of_2(D)
     most = _MOST_FRAMES[accumulator]
-    if S <= most and (not circular or shift * S % D == 0):
+    if most >= S and (not circular or shift * S % D == 0):
         lanes = max(width, 64)
         return Choice("whole", _plan(fields, lanes), lanes // _WARP)
     for lanes in (max(width, 64), width):  # first full rows of lanes, then as few as can be, for more frames
@@ -211,7 +211,7 @@ def _frames_of_a_tile(steps: int, window: int, circular: bool, most: int) -> tup
     if circular and steps <= most:
         return triton.next_power_of_2(steps), True, False
     for share in (0.75, 0.5):
-        frames = 64
+        frames = min(64, most)
         while frames <= most:
             if frames - 2 * (window - 1) >= share * frames:
                 return frames, False, False

@@ -39,7 +39,7 @@ class Plan:
     SAVE_R: tl.constexpr  # tile: whether the backward pass reads `(v + EPS)^(-1/2)` instead of computing it again
 
 
-GROUP = tl.constexpr(16)  # frames of a tensor that are asked for before the first of them is used
+GROUP = tl.constexpr(8)  # frames of a tensor that are asked for before the first of them is used
 
 
 # --- lanes and addresses ----------------------------------------------------------------------------------------------
@@ -68,17 +68,6 @@ def _offset(row, column, stride_s, stride_d, P: tl.constexpr):
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _plus(a, b):
-    """`a + b`, where None is a sum of nothing."""
-    if a is None:
-        return b
-    elif b is None:
-        return a
-    else:
-        return a + b
 
 
 @triton.jit
@@ -113,22 +102,20 @@ def _sum_of_squares(x, lane, e, P: tl.constexpr):
 
 @triton.jit
 def _row(xs, l: tl.constexpr, CIRCULAR: tl.constexpr):
-    """`xs[l]`, where there is such a row."""
-    if CIRCULAR:
+    """`xs[l]`, or where time is cut and there is no such row, -0, which the compiler knows to change no sum."""
+    if CIRCULAR or (l >= 0 and l < len(xs)):
         return xs[l % len(xs)]
-    elif l >= 0 and l < len(xs):
-        return xs[l]
     else:
-        return None
+        return tl.full(xs[0].shape, -0.0, xs[0].dtype)
 
 
 @triton.jit
 def _suffix_sums(xs, FIRST: tl.constexpr, W: tl.constexpr, CIRCULAR: tl.constexpr):
     """`Σ_{q = p}^{W - 1} xs[FIRST + q]` for `p = 0 … W - 1`, as a tuple."""
-    sums = ()
-    suffix = None
-    for p in tl.static_range(W):
-        suffix = _plus(_row(xs, FIRST + W - 1 - p, CIRCULAR), suffix)
+    suffix = _row(xs, FIRST + W - 1, CIRCULAR)
+    sums = (suffix,)
+    for p in tl.static_range(1, W):
+        suffix += _row(xs, FIRST + W - 1 - p, CIRCULAR)
         sums = (suffix,) + sums  # noqa: RUF005 - the compiler of kernels knows no unpacking
     return sums
 
@@ -147,10 +134,11 @@ def _window_sums(xs, FIRST: tl.constexpr, W: tl.constexpr, CIRCULAR: tl.constexp
     else:
         for start in tl.static_range(FIRST, FIRST + S, W):
             suffixes = _suffix_sums(xs, start, W, CIRCULAR)
-            prefix = None
-            for p in tl.static_range(min(W, FIRST + S - start)):
-                sums += (_plus(suffixes[p], prefix),)
-                prefix = _plus(prefix, _row(xs, start + W + p, CIRCULAR))
+            sums += (suffixes[0],)
+            prefix = _row(xs, start + W, CIRCULAR)
+            for p in tl.static_range(1, min(W, FIRST + S - start)):
+                sums += (suffixes[p] + prefix,)
+                prefix += _row(xs, start + W + p, CIRCULAR)
     return sums
 
 
@@ -298,6 +286,12 @@ def _tile_window_sum(x, row, lane, P: tl.constexpr):
 
 
 @triton.jit
+def _first_frame(COUNT: tl.constexpr, P: tl.constexpr):
+    """Of the `COUNT` frames that a program answers for."""
+    return 0 if P.RING else tl.program_id(1) * COUNT
+
+
+@triton.jit
 def _tile(first, S, BC, C, P: tl.constexpr):
     """Of every element of a tile whose first row is frame `first`.
 
@@ -339,7 +333,7 @@ def tile_forward_kernel(
     SAVE_R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """As `whole_forward_kernel`: row r of a tile holds frame `l + FIRST_I + r` of `u` and frame `l + r` of `t`."""
-    l = tl.program_id(1) * (P.FRAMES - P.W + 1)
+    l = _first_frame(P.FRAMES - P.W + 1, P)
     row, lane, b, c, frame, inside = _tile(l + P.FIRST_I, S, BC, C, P)
     move: tl.constexpr = (P.SHIFT * P.FIRST_I + P.FIRST_K) % P.D
     at = _at(u, frame, lane, b, c, move, u_stride_b, u_stride_s, u_stride_c, u_stride_d, P)
@@ -367,7 +361,7 @@ def tile_backward_kernel(
     LAST_I: tl.constexpr = P.FIRST_I + P.W - 1
     LAST_K: tl.constexpr = P.FIRST_K + P.K - 1
     ANSWERED: tl.constexpr = P.FRAMES - P.W + 1 if P.SAVE_R else P.FRAMES - 2 * (P.W - 1)
-    l = tl.program_id(1) * ANSWERED
+    l = _first_frame(ANSWERED, P)
     row, lane, b, c, frame, inside = _tile(l - P.W + 1, S, BC, C, P)
     if not P.SAVE_R:
         move: tl.constexpr = (P.SHIFT * P.FIRST_I + P.FIRST_K) % P.D
@@ -392,9 +386,11 @@ def tile_backward_kernel(
     part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(dmu_parts + part, -tl.sum(tl.where(own, dz_here, 0.0), axis=0))
 
-    # The third program index is 0, which the compiler does not know: else it would keep the addresses of the first
-    # window sum in registers for this one, more than there are.
-    gathered = _tile_window_sum(g, row + tl.program_id(2), lane, P)
+    # The third program index is 0, which the compiler does not know: else it would keep what it found out about rows
+    # and lanes for the first window sum in registers for this one, more than there are.
+    row += tl.program_id(2)
+    lane += tl.program_id(2)
+    gathered = _tile_window_sum(g, row, lane, P)
     frame, inside = _answered(l, row, lane, BC, C, S, ANSWERED, P)
     move_du: tl.constexpr = (P.SHIFT * LAST_I + LAST_K) % P.D
     at = _at(u, frame, lane, b, c, move_du, u_stride_b, u_stride_s, u_stride_c, u_stride_d, P)

@@ -1,0 +1,283 @@
+"""What the compilers make of the kernels, for GPUs that need not be there: registers, memory, instructions, bytes.
+
+`python -m benchmarks machine-code` compiles both kernels ahead of time for every target below and prints a table; the
+tests assert what it shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tvae_kernels import Neighborhood
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
+FLOOR = {"forward": (2, 1), "backward": (3, 2)}  # elements that must be read and written, an element
+
+
+@dataclass(frozen=True)
+class Form:
+    """A class of problems that share a kernel: `(B, S, C, D)` and a window, for some types."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    neighborhood: Neighborhood
+    types: tuple[str, ...] = ("float32",)
+    weighted: bool = False
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+FORMS = (
+    Form("short", (8, 18, 18, 18), Neighborhood(18, 3), tuple(TYPES)),
+    Form("short", (8, 18, 18, 18), Neighborhood(5, 9)),
+    Form("short", (8, 15, 15, 15), Neighborhood(10, 1), ("float32", "bfloat16")),
+    Form("short, time cut", (8, 32, 16, 32), Neighborhood(5, 3, time_boundary="zero")),
+    Form("ring", (256, 64, 32, 128), Neighborhood(18, 3), ("float32", "bfloat16")),
+    Form("ring", (256, 64, 32, 128), Neighborhood(64, 9)),
+    Form("long", (64, 1024, 16, 64), Neighborhood(5, 3), tuple(TYPES)),
+    Form("long", (64, 1024, 16, 64), Neighborhood(18, 9), ("float32", "bfloat16")),
+    Form("long, r saved", (64, 1024, 16, 64), Neighborhood(64, 3)),
+    Form("weighted", (8, 18, 18, 18), Neighborhood(18, 3), tuple(TYPES), weighted=True),
+    Form("capsule cut", (8, 18, 18, 18), Neighborhood(5, 3, capsule_boundary="zero")),
+    # Triton compiles arguments that are 1 as constants, so that axes of one element are another program.
+    Form("one element", (1, 1, 1, 1), Neighborhood(), targets=("sm_90",)),
+    Form("rare, cut", (2, 7, 1, 63), Neighborhood(4, 2, -2, True, "zero", "zero"), targets=("sm_90",)),
+    Form("rare, far shift", (2, 129, 3, 129), Neighborhood(2, 1, 70), targets=("sm_90",)),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel: what the compiler says of its resources, and what its machine code holds."""
+
+    form: str
+    shape: tuple[int, int, int, int]
+    window: tuple[int, int]
+    type: str
+    target: str
+    direction: str  # "forward" or "backward"
+    name: str
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread that did not fit its registers
+    shared: int  # bytes of a program
+    instructions: float | None  # of a thread, an element of the result; None where loops hide the number
+    halo: float | None  # frames that a program holds for each frame that it answers
+    loaded: float | None  # bytes from global memory, an element of the result
+    stored: float | None  # bytes to global memory, an element of the result
+    double: int  # instructions in float64
+    text: str  # of the assembler
+
+
+@dataclass(frozen=True)
+class _Task:
+    form: Form
+    type: str
+    target: str
+    direction: str
+
+
+def tasks() -> list[_Task]:
+    """Everything there is to compile."""
+    return [
+        _Task(form, dtype, target, direction)
+        for form in FORMS
+        for target in form.targets
+        for dtype in form.types
+        for direction in FLOOR
+    ]
+
+
+def compile_all() -> Iterator[Kernel]:
+    """Compile everything, on all cores. Not in a process where Triton's interpreter is on."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_one, tasks())
+
+
+def compile_one(task: _Task) -> Kernel:
+    """Compile a kernel for the arguments of a real launch, the way Triton would there."""
+    from tvae_kernels import kernels
+
+    if kernels.interpreted():
+        raise RuntimeError("kernels are not compiled where TRITON_INTERPRET is set")
+    launches = []
+
+    def record(x, kernel, grid, *args, **options):
+        launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | options))
+
+    launch, kernels._launch = kernels._launch, record
+    try:
+        _call(kernels, task)
+    finally:
+        kernels._launch = launch
+    kernel, arguments = launches[-1]
+    compiled = _compile(kernel, arguments, TARGETS[task.target])
+    nvidia = "cubin" in compiled.asm
+    resources = _nvidia(compiled) if nvidia else _amd(compiled)
+    n = task.form.neighborhood
+    return Kernel(
+        task.form.name,
+        task.form.shape,
+        (n.time_window, n.capsule_window),
+        task.type,
+        task.target,
+        task.direction,
+        kernel.fn.__name__,
+        shared=compiled.metadata.shared,
+        text=compiled.asm["ptx" if nvidia else "amdgcn"],
+        **resources,
+        **_traffic(compiled, kernel, arguments, task),
+    )
+
+
+def _call(kernels, task: _Task) -> None:
+    """One direction of the operation on tensors without memory."""
+    form = task.form
+    x = torch.empty(form.shape, dtype=getattr(torch, task.type), device="meta")
+    accumulator = kernels.compute_dtype(x.dtype)
+    mu = torch.empty((), dtype=accumulator, device="meta")
+    windows = (form.neighborhood.time_window, form.neighborhood.capsule_window)
+    weights = torch.empty(windows, dtype=accumulator, device="meta") if form.weighted else None
+    _, r = kernels.forward(x, x, mu, weights, form.neighborhood, 1e-6, True)
+    if task.direction == "backward":
+        kernels.backward(x, x, x, mu, weights, r, form.neighborhood, 1e-6)
+
+
+def _compile(kernel, arguments: dict, target: tuple):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[str(value.dtype).removeprefix("torch.")]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif kernel.params[position].is_constexpr or value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": arguments["num_warps"]} if "num_warps" in arguments else {}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def _nvidia(compiled) -> dict:
+    usage = _tool("cuobjdump", compiled, "--dump-resource-usage")
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(found["REG"]),
+        "spilled": int(found["STACK"]) + int(found["LOCAL"]),
+        "double": sum(op.startswith(("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")) for op in _instructions(compiled)),
+    }
+
+
+def _amd(compiled) -> dict:
+    text = compiled.asm["amdgcn"]
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
+    return {
+        "registers": int(found["vgpr_count"]),
+        "spilled": 4 * int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"]),
+        "double": len(re.findall(r"^\s*v_\w+_f64", text, re.MULTILINE)),
+    }
+
+
+def _traffic(compiled, kernel, arguments: dict, task: _Task) -> dict:
+    """Counted in the machine code of NVIDIA's kernels without loops; lanes that hold nothing load nothing."""
+    nothing = {"instructions": None, "halo": None, "loaded": None, "stored": None}
+    if "cubin" not in compiled.asm or "P" not in arguments:
+        return nothing
+    plan = arguments["P"]
+    held, answered = _frames(plan, kernel, task)
+    elements = plan.CAPSULES.value * plan.D.value * answered
+    threads = 32 * compiled.metadata.num_warps
+    used = plan.CAPSULES.value * plan.D.value / plan.LANES.value
+    operations = [op for op in _instructions(compiled) if op != "NOP"]
+
+    def moved(name: str) -> float:
+        bits = sum(_bits(op) for op in operations if op.startswith(name))
+        return bits / 8 * threads * used / elements
+
+    return {
+        "instructions": len(operations) * threads / elements,
+        "halo": held / answered,
+        "loaded": moved("LDG"),
+        "stored": moved("STG"),
+    }
+
+
+def _bits(operation: str) -> int:
+    """That a load or a store moves."""
+    return int((re.search(r"\.[US]?(8|16|64|128)\b", operation) or (0, 32))[1])
+
+
+def _frames(plan, kernel, task: _Task) -> tuple[int, int]:
+    """That a program holds, and those whose results it writes."""
+    if kernel.fn.__name__.startswith("whole") or plan.RING.value:
+        return plan.S.value, plan.S.value
+    halos = 1 if task.direction == "forward" or plan.SAVE_R.value else 2
+    return plan.FRAMES.value, plan.FRAMES.value - halos * (plan.W.value - 1)
+
+
+def _instructions(compiled) -> list[str]:
+    """The operations of the machine code, in order, with their modifiers."""
+    text = _tool("nvdisasm", compiled)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
+
+
+def _tool(name: str, compiled, *options: str) -> str:
+    """What a tool of the CUDA toolkit, which comes with Triton, says of a binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def table(kernels: list[Kernel]) -> Table:
+    """A row for each kernel; bytes as counted / at least."""
+    columns = ("problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions")
+    result = Table(*columns, "bytes loaded", "bytes stored", title="an element of the result: instructions and bytes")
+    for k in kernels:
+        size = getattr(torch, k.type).itemsize
+        reads, writes = FLOOR[k.direction]
+        problem = f"{k.form} {'x'.join(map(str, k.shape))} W{k.window[0]} K{k.window[1]}"
+        counts = ("", "", "")
+        if k.loaded is not None:
+            loaded, stored = f"{k.loaded:.1f} / {reads * size}", f"{k.stored:.1f} / {writes * size}"
+            counts = (f"{k.instructions:.0f}", loaded, stored)
+        numbers = (str(k.registers), str(k.spilled), str(k.shared))
+        result.add_row(problem, k.type, k.target, k.direction, *numbers, *counts)
+    return result
+
+
+def main(output: Path | None = None) -> None:
+    """Compile everything, print the table and, if a file is named, write what was found there as JSON."""
+    kernels = list(track(compile_all(), "compiling", total=len(tasks())))
+    Console(width=160).print(table(kernels))
+    if output is not None:
+        output.write_text(json.dumps([asdict(k) for k in kernels]))

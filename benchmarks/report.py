@@ -1,0 +1,202 @@
+"""From result files to tables, the blocks between markers in Markdown files, and the roofline figure."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from . import results, targets
+from .operation import FLOOR
+from .results import Measured, Result
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+NOT_MEASURED = "Not measured on a GPU."
+BLOCK = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PEERS = {
+    "reference": "eager reference",
+    "compiled": "compiled reference",
+    "torch compiled": "`torch`, compiled",
+    "convolution": "convolution",
+}
+COLORS = {"ours": "tab:blue", "torch compiled": "tab:cyan", "reference": "tab:red", "compiled": "tab:orange"}
+COLORS |= {"convolution": "tab:purple"}
+
+
+def load(folder: Path = results.FOLDER) -> list[Result]:
+    """Every result of the operation in the folder."""
+    return [Result.read(file) for file in sorted(folder.glob("operation-*.json"))]
+
+
+def update(folder: Path = results.FOLDER, documents: tuple[Path, ...] = DOCUMENTS) -> list[Path]:
+    """Draw the figures, and fill the blocks `<!-- benchmark: NAME -->` ... `<!-- end -->` of the documents.
+
+    Returns:
+        The files written; `render` lists the names.
+
+    Raises:
+        ValueError: a document asks for a block that there is not.
+
+    """
+    loaded = load(folder)
+    written = [roofline(result, ROOT / "docs" / f"roofline-{result.name}.png") for result in loaded]
+    for document in documents:
+        if document.exists():
+            before = document.read_text(encoding="utf-8")
+            after = fill(before, loaded, document.parent)
+            if after != before:
+                document.write_text(after, encoding="utf-8")
+                written.append(document)
+    return written
+
+
+def fill(text: str, loaded: list[Result], folder: Path = ROOT) -> str:
+    """The text with fresh blocks; links in it are relative to `folder`."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{render(match['name'], loaded, folder)}\n\n{match[3]}", text)
+
+
+def render(name: str, loaded: list[Result], folder: Path = ROOT) -> str:
+    """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all` or `operation-KIND-figure`.
+
+    KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction.
+    """
+    _, kind, what = (*name.split("-"), "")[:3]
+    if name.split("-")[0] != "operation" or kind not in ("cpu", "gpu") or what not in RENDERERS:
+        known = ", ".join(f"operation-{kind}{'-' * bool(x)}{x}" for kind in ("cpu", "gpu") for x in RENDERERS)
+        raise ValueError(f"there is no benchmark {name!r}; there are {known}")
+    chosen = [result for result in loaded if result.on_gpu == (kind == "gpu")]
+    parts = [f"{caption(result)}\n\n{RENDERERS[what](result, folder)}" for result in chosen]
+    return "\n\n".join(parts) or (NOT_MEASURED if kind == "gpu" else "Not measured.")
+
+
+def caption(result: Result) -> str:
+    """Hardware, versions, commit and date in one line."""
+    e = result.environment
+    machine = (
+        f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"
+        if result.on_gpu
+        else f"{e['cpu']}, {e['threads']} threads"
+    )
+    versions = f"torch {e['torch']}, triton {e['triton']}, Python {e['python']}"
+    return f"Measured on {machine}; {versions}; commit {e['commit']}, {e['date'][:10]}."
+
+
+def summary_table(result: Result, _: Path | None = None) -> str:
+    """Forward + backward of the cases with K = 3: ours, and how many times as long every peer takes."""
+    heads = ["shape (B, S, C, D)", "W", "type", f"ours, `{result.measured[0].ours}`", "of the copy's bandwidth"]
+    rows = []
+    for m in result.measured:
+        if m.case.capsule_window == 3:
+            others = [_against(m, peer, "both") for peer in PEERS]
+            rows.append([*_case(m), _spread(m, "ours", "both"), f"{100 * m.of_copy('both'):.0f} %", *others])
+    return _markdown(heads + list(PEERS.values()), rows)
+
+
+def full_table(result: Result, _: Path | None = None) -> str:
+    """Every case and direction: times with quantiles, bandwidth, the share of the copy's, and peak memory."""
+    heads = ["shape (B, S, C, D)", "W", "type", "K", "direction", f"ours, `{result.measured[0].ours}`", "GB/s"]
+    heads += ["of the copy's bandwidth", "peak memory", "copy", *PEERS.values()]
+    rows = []
+    for m in result.measured:
+        for direction in FLOOR:
+            bandwidth = f"{m.bandwidth('ours', direction):.3g}"
+            memory = m.data["memory"][m.ours].get(direction)  # the backward pass has its peak within `both`
+            row = [*_case(m), str(m.case.capsule_window), direction, _spread(m, "ours", direction), bandwidth]
+            row += [f"{100 * m.of_copy(direction):.0f} %", f"{memory / 2**20:.3g} MiB" if memory else ""]
+            row += [_milliseconds(m.median("copy", direction))]
+            rows.append(row + [_against(m, peer, direction) for peer in PEERS])
+    missing = [f"`{peer}`, {m.case.name}: {why}" for m in result.measured for peer, why in m.data["not_timed"].items()]
+    return _markdown(heads, rows) + "".join(f"\n\nNot timed: {text}" for text in missing)
+
+
+def targets_table(result: Result, _: Path | None = None) -> str:
+    """Every promise beside what was measured."""
+    marks = {True: "yes", False: "**no**", None: "-"}
+    rows = [[target.promise, target.measured, marks[target.holds]] for target in targets.evaluate(result)]
+    return _markdown(["target", "measured", "holds"], rows)
+
+
+def figure_link(result: Result, folder: Path) -> str:
+    """The roofline figure."""
+    target = Path(os.path.relpath(ROOT / "docs" / f"roofline-{result.name}.png", folder)).as_posix()
+    return f"![Achieved bytes per second by shape, beside the copy's]({target})"
+
+
+RENDERERS: dict[str, Callable[[Result, Path], str]] = {
+    "": summary_table,
+    "targets": targets_table,
+    "all": full_table,
+    "figure": figure_link,
+}
+
+
+def roofline(result: Result, file: Path) -> Path:
+    """Draw the floor's bytes over time, by case, for every peer and for the copy: the line none can pass for long."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    types = list(dict.fromkeys(m.case.dtype for m in result.measured))
+    widest = max(sum(m.case.dtype == dtype for m in result.measured) for dtype in types)
+    size = (len(types) * max(5, 1.5 + 0.32 * widest), 9)
+    figure, axes = plt.subplots(
+        len(FLOOR), len(types), figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
+    )
+    for column, dtype in enumerate(types):
+        chosen = [m for m in result.measured if m.case.dtype == dtype]
+        places = range(len(chosen))
+        for axis, direction in zip(axes[:, column], FLOOR, strict=True):
+            copy = [m.bandwidth("copy", direction) for m in chosen]
+            axis.step(places, copy, where="mid", color="black", label="copy")
+            for peer, color in COLORS.items():
+                points = [(x, m.bandwidth(peer, direction)) for x, m in zip(places, chosen, strict=True)]
+                points = [(x, y) for x, y in points if y is not None]
+                label = f"ours ({chosen[0].ours})" if peer == "ours" else PEERS[peer].replace("`", "")
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o", color=color, markersize=4, label=label)
+            axis.set(yscale="log", title=f"{direction}, {dtype}")
+            axis.grid(alpha=0.3)
+            starts = [x for x in places if x == 0 or chosen[x].case.shape != chosen[x - 1].case.shape]
+            for x in starts:
+                axis.axvline(x - 0.5, color="gray", linewidth=0.5)
+        labels = [f"W{m.case.time_window} K{m.case.capsule_window}" for m in chosen]
+        axes[-1, column].set_xticks(places, labels, rotation=90, fontsize=7)
+        for x in starts:
+            shape = "×".join(map(str, chosen[x].case.shape))
+            axes[-1, column].annotate(shape, (x, 0), (0, -44), ("data", "axes fraction"), "offset points", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("GB/s of the floor's bytes")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=3)
+    figure.suptitle(result.environment["gpu"] if result.on_gpu else result.environment["cpu"])
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+    return file
+
+
+def _case(m: Measured) -> list[str]:
+    return [", ".join(map(str, m.case.shape)), str(m.case.time_window), m.case.dtype]
+
+
+def _spread(m: Measured, peer: str, direction: str) -> str:
+    low, high = (f"{x / 1e3:.3g}" for x in m.quantiles(peer, direction))
+    return f"{_milliseconds(m.median(peer, direction))} ({low} to {high})"
+
+
+def _against(m: Measured, peer: str, direction: str) -> str:
+    time = m.median(peer, direction)
+    return "-" if time is None else f"{_milliseconds(time)} ({m.speedup(peer, direction):.3g}x)"
+
+
+def _milliseconds(microseconds: float) -> str:
+    x = microseconds / 1e3
+    return f"{x:.0f} ms" if x >= 100 else f"{x:.3g} ms"
+
+
+def _markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,353 @@
+"""The benchmark of the operation: its peers compute the operation, and its report says what was measured."""
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from numerics import Problem as Numerics
+from numerics import assert_within
+
+from benchmarks import __main__, devices, operation, peers, report, results, targets
+from benchmarks.operation import Case, Copies, Judge, Problem, WrongResultError
+from tvae_kernels import Neighborhood
+
+CPU = torch.device("cpu")
+WINDOWS = [(1, 1), (5, 3), (6, 2), (9, 3)]  # on (7 to 9 frames, 11 positions); even, odd, a whole sequence
+
+
+@pytest.mark.parametrize(("time_window", "capsule_window"), WINDOWS)
+@pytest.mark.parametrize("name", ["reference", "torch", "convolution"])
+def test_peers_compute_the_operation_in_float64(name, time_window, capsule_window):
+    problem = Numerics.random((2, 9, 3, 11), Neighborhood(time_window, capsule_window), dtype=torch.float64)
+    call = peers.build(name, problem.neighborhood)
+    leaves = [x.detach().requires_grad_() for x in (problem.z, problem.u, problem.mu)]
+    t = call(*leaves)
+    found = {"t": t.detach()} | dict(zip(("dz", "du", "dmu"), torch.autograd.grad(t, leaves, problem.dt), strict=True))
+    exact, bounds = problem.judge(), problem.bounds()
+    for what, x in found.items():
+        assert_within(what, x, exact[what], bounds[what])
+
+
+@pytest.mark.parametrize("boundary", [{"shift": 0}, {"time_boundary": "zero"}, {"capsule_boundary": "zero"}])
+def test_convolution_refuses_what_it_does_not_compute(boundary):
+    x = torch.randn(1, 5, 1, 5)
+    with pytest.raises(ValueError, match="shift 1 and circular"):
+        peers.convolution(x, x, torch.tensor(0.0), Neighborhood(3, **boundary))
+
+
+def test_a_peer_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="got 'fastest'"):
+        peers.build("fastest", Neighborhood())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_judge_accepts_each_peer_and_refuses_small_mistakes(dtype):
+    case = Case((2, 9, 2, 11), 5, 3, dtype)
+    problem = Problem.random(case, CPU, seed=1)
+    judge = Judge.of(problem, case.neighborhood)
+    for name in ("reference", "torch", "convolution"):
+        assert 0 <= judge.check(name, problem, peers.build(name, case.neighborhood)) <= 1
+    right = peers.build("reference", case.neighborhood)
+    off = 1 + 100 * torch.finfo(getattr(torch, dtype)).eps
+    mistakes = {
+        "t is off": lambda z, u, mu: right(z, u, mu) * off,
+        "dz is off": lambda z, u, mu: right(z * off + z.detach() * (1 - off), u, mu),
+        "du is off": lambda z, u, mu: right(z, u * off + u.detach() * (1 - off), mu),
+        "dmu is off": lambda z, u, mu: right(z, u, mu * 1.01 + mu.detach() * (1 - 1.01)),
+        "t is .* not like": lambda z, u, mu: right(z, u, mu)[:1],
+    }
+    if dtype == "float32":
+        for message, wrong in mistakes.items():
+            with pytest.raises(WrongResultError, match=message):
+                judge.check("wrong", problem, wrong)
+    with pytest.raises(WrongResultError, match="t is off by up to nan"):
+        judge.check("wrong", problem, lambda z, u, mu: right(z, u, mu) * math.nan)
+
+
+@pytest.fixture
+def small_cache(monkeypatch):
+    monkeypatch.setattr(devices, "cache_bytes", lambda _: 2**10)
+
+
+def test_measure_refuses_a_wrong_peer_before_it_times_any(monkeypatch, small_cache):
+    monkeypatch.setattr(peers, "NAMES", {"cpu": ("torch", "reference")})
+    monkeypatch.setitem(peers.FUNCTIONS, "reference", lambda z, u, mu, _: z / (u.abs() + 1) + mu)
+    monkeypatch.setattr(operation, "sample", lambda *_: pytest.fail("timed"))
+    with pytest.raises(WrongResultError, match="reference: t is off"):
+        operation.measure(Case((1, 4, 1, 4), 2, 1), CPU, samples=1)
+
+
+def test_measure_keeps_every_sample_and_says_which_peer_could_not_run(monkeypatch, small_cache):
+    def broken(z, u, mu, _):
+        raise RuntimeError("no such convolution\nand more")
+
+    monkeypatch.setattr(peers, "NAMES", {"cpu": ("torch", "reference", "convolution")})
+    monkeypatch.setattr(operation, "CONVOLVED_WINDOW", 2)
+    monkeypatch.setitem(peers.FUNCTIONS, "convolution", broken)
+    case = Case((1, 4, 1, 4), 2, 1)
+    data = operation.measure(case, CPU, samples=4)
+    assert data["samples"].keys() == {"torch", "reference", "copy"}
+    for samples in data["samples"].values():
+        assert {direction: len(x) for direction, x in samples.items()} == {"forward": 4, "backward": 4, "both": 4}
+        assert all(x > 0 for times in samples.values() for x in times)
+    assert data["not_timed"] == {"convolution": "RuntimeError: no such convolution"}
+    assert data["error"].keys() == data["memory"].keys() == {"torch", "reference"}
+
+    monkeypatch.setitem(peers.FUNCTIONS, "torch", broken)  # ours may not be left out
+    with pytest.raises(RuntimeError, match="no such convolution"):
+        operation.measure(case, CPU, samples=1)
+
+
+def test_sample_times_backward_as_what_comes_after_forward():
+    """With a clock whose marks are 1, 4, 9, 16, ...: each difference says between which marks it was taken."""
+
+    class Counter:
+        marks = 0
+
+        def start(self):
+            pass
+
+        def mark(self):
+            self.marks += 1
+            return self.marks**2
+
+        def microseconds(self, *marks):
+            return [b - a for a, b in pairwise(marks)]
+
+    case = Case((1, 4, 1, 4), 2, 1)
+    problems = [Problem.random(case, CPU, seed) for seed in range(2)]
+    times = operation.sample(peers.build("torch", case.neighborhood), problems, Counter(), turn=0)
+    assert times == {"forward": [3], "backward": [9], "both": [16]}
+    assert Copies(case, CPU, 1).sample(Counter(), 0) == {"forward": [3], "backward": [7], "both": [11]}
+
+
+def test_copies_move_the_bytes_of_the_floor(monkeypatch):
+    case = Case((2, 3, 5, 7), 1, 1, "bfloat16")
+    moved = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b: (moved.append(a.nbytes + b.nbytes), copy(a, b))[1])
+    Copies(case, CPU, 2).sample(devices.CpuClock(), 0)
+    elements = 2 * 3 * 5 * 7
+    assert moved == pytest.approx([3 * 2 * elements, 5 * 2 * elements, 8 * 2 * elements], abs=8)
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def run():
+        a = torch.ones(1000)
+        b = a + 1  # 8,000 bytes
+        del a
+        return b + 1  # and again
+
+    assert 8000 <= devices.peak_memory(CPU, run) < 8100  # the numbers 1 become tensors, too
+
+
+def test_rotation_outgrows_the_cache(small_cache):
+    assert devices.rotation(CPU, 100) * 100 >= 2 * 2**10
+    assert devices.rotation(CPU, 2**20) == 2
+
+
+def test_cases_fit_their_axes_and_have_distinct_names():
+    for device_type, count in (("cpu", 32), ("cuda", 84)):
+        cases = operation.cases(device_type)
+        for case in cases:
+            case.neighborhood.check_fits(time=case.shape[1], dim=case.shape[3])
+        assert len({case.name for case in cases}) == len(cases) == count
+    assert operation.PAPER in operation.cases("cpu")
+
+
+CASE = {"shape": [8, 18, 18, 18], "time_window": 18, "capsule_window": 3, "dtype": "float32"}
+BYTES = 8 * 18**3 * 4
+
+
+def content(ours: str, device: str, times: dict[str, float], memory: float) -> dict:
+    """A result with one case, where every peer's samples are around its time in microseconds."""
+    samples = {peer: {way: [0.5 * x, x, 4 * x] for way in operation.FLOOR} for peer, x in times.items()}
+    kept = {ours: {"forward": int(memory * 3 * BYTES), "both": int(memory * 6 * BYTES)}}
+    environment = {"cpu": "a CPU", "threads": 2, "gpu": "NVIDIA Tiny", "driver": "1", "cuda": "13", "torch": "2"}
+    environment |= {"triton": "3", "python": "3.11", "commit": "abc", "date": "2026-01-02T03:04:05+00:00"}
+    case = CASE | {"samples": samples, "memory": kept, "error": {}, "not_timed": {"convolution": "it broke"}}
+    return {"environment": environment, "device": device, "unit": "us", "ours": ours, "cases": [case]}
+
+
+CPU_TIMES = {
+    "torch": 2000.0,
+    "torch compiled": 1000.0,
+    "reference": 8000.0,
+    "reference compiled": 4600.0,
+    "copy": 100.0,
+}
+GPU_TIMES = {
+    "triton": 10.0,
+    "reference": 101.0,
+    "reference compiled": 30.0,
+    "reference max-autotune": 20.0,
+    "copy": 9.0,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    results.write(tmp_path / "operation-cpu.json", content("torch", "cpu", CPU_TIMES, memory=1.25))
+    return tmp_path
+
+
+def test_written_results_are_compact_json(tmp_path):
+    data = content("torch", "cpu", {"torch": 1234.5678, "copy": 0.00123456}, memory=1)
+    file = tmp_path / "new" / "operation-cpu.json"
+    results.write(file, data)
+    written = json.loads(file.read_text())
+    assert written["cases"][0]["samples"]["torch"]["forward"] == [617.3, 1235.0, 4938.0]
+    assert written["cases"][0]["samples"]["copy"]["both"] == [0.0006173, 0.001235, 0.004938]
+    assert written["environment"] == data["environment"]
+    assert '    "torch": {"forward": [617.3, 1235.0, 4938.0], "backward"' in file.read_text()
+
+
+def test_figures_follow_from_the_samples(folder):
+    (result,) = report.load(folder)
+    (m,) = result.measured
+    assert m.median("ours", "both") == 2000
+    assert m.quantiles("ours", "both") == pytest.approx((1200, 6800))  # a tenth of the way from 1000 to 2000, ...
+    assert m.speedup("compiled", "both") == pytest.approx(2.3)
+    assert m.speedup("convolution", "both") is None
+    assert m.of_copy("forward") == pytest.approx(0.05)
+    assert m.bandwidth("ours", "backward") == pytest.approx(5 * BYTES / 2000e-6 / 1e9)
+    assert m.memory("both", 2) == pytest.approx(1.25 * 6 / 2)
+
+
+def test_report_fills_the_blocks_and_leaves_the_rest(folder):
+    page = (
+        "# Before\n\n<!-- benchmark: operation-cpu -->\nold\n<!-- end -->\n\nbetween\n\n"
+        "<!-- benchmark: operation-gpu -->\n<!-- end -->\nafter\n"
+    )
+    expected = """# Before
+
+<!-- benchmark: operation-cpu -->
+
+Measured on a CPU, 2 threads; torch 2, triton 3, Python 3.11; commit abc, 2026-01-02.
+
+| shape (B, S, C, D) | W | type | ours, `torch` | of the copy's bandwidth | eager reference | compiled reference | `torch`, compiled | convolution |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| 8, 18, 18, 18 | 18 | float32 | 2 ms (1.2 to 6.8) | 5 % | 8 ms (4x) | 4.6 ms (2.3x) | 1 ms (0.5x) | - |
+
+<!-- end -->
+
+between
+
+<!-- benchmark: operation-gpu -->
+
+Not measured on a GPU.
+
+<!-- end -->
+after
+"""  # noqa: E501 - a table's row
+    filled = report.fill(page, report.load(folder))
+    assert filled == expected
+    assert report.fill(filled, report.load(folder)) == expected
+
+
+def test_every_block_renders_and_an_unknown_one_is_refused(folder):
+    loaded = report.load(folder)
+    full = report.render("operation-cpu-all", loaded)
+    assert "| backward | 2 ms (1.2 to 6.8) | 0.467 | 5 % |  | 0.1 ms | 8 ms (4x) |" in full
+    assert "| both | 2 ms (1.2 to 6.8) | 0.746 | 5 % | 1.33 MiB | 0.1 ms |" in full
+    assert full.endswith("\n\nNot timed: `convolution`, 8x18x18x18 W18 K3 float32: it broke")
+    assert "](../docs/roofline-cpu.png)" in report.render("operation-cpu-figure", loaded, report.ROOT / "tests")
+    assert report.render("operation-gpu-targets", loaded) == "Not measured on a GPU."
+    for name in ("operation-tpu", "speed-cpu", "operation-cpu-best"):
+        with pytest.raises(ValueError, match=f"no benchmark '{name}'.*operation-cpu-targets"):
+            report.render(name, loaded)
+
+
+def test_update_writes_documents_and_figures(folder, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", folder)
+    (folder / "page.md").write_text("<!-- benchmark: operation-cpu-targets -->\n<!-- end -->\n")
+    figure = folder / "docs" / "roofline-cpu.png"
+    assert report.update(folder, (folder / "page.md", folder / "missing.md")) == [figure, folder / "page.md"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "| target | measured | holds |" in (folder / "page.md").read_text()
+
+
+def evaluated(tmp_path, data: dict) -> dict[str, targets.Target]:
+    file = tmp_path / "operation-tiny.json"
+    file.write_text(json.dumps(data))
+    return {target.promise: target for target in targets.evaluate(results.Result.read(file))}
+
+
+def test_cpu_targets(tmp_path):
+    found = evaluated(tmp_path, content("torch", "cpu", CPU_TIMES | {"convolution": 402000.0}, memory=1.34))
+    assert [target.holds for target in found.values()] == [True, False, True, True, False]
+    eager, compiled, slowest, convolution, memory = (target.measured for target in found.values())
+    assert eager == "4x, geometric mean of 1 cases (4x to 4x)"
+    assert compiled.startswith("2.3x, geometric mean")
+    assert slowest == "4x at worst (8x18x18x18 W18 K3 float32), 4x median, 1 of 1 keep it"
+    assert convolution.startswith("201x at worst")
+    assert memory.startswith("4.02x at worst")
+
+
+def test_geometric_means_leave_small_windows_out_but_the_worst_case_does_not(tmp_path):
+    data = content("torch", "cpu", CPU_TIMES, memory=1)
+    narrow = content("torch", "cpu", CPU_TIMES | {"reference": 1900.0}, memory=1)["cases"][0] | {"time_window": 5}
+    wide = content("torch", "cpu", CPU_TIMES | {"reference": 2000.0}, memory=1)["cases"][0] | {"time_window": 10}
+    data["cases"] += [narrow, wide]
+    eager, _, slowest, *_ = evaluated(tmp_path, data).values()
+    assert eager.measured == "2x, geometric mean of 2 cases (1x to 4x)"
+    assert not eager.holds
+    assert slowest.measured == "0.95x at worst (8x18x18x18 W5 K3 float32), 1x median, 2 of 3 keep it"
+    assert not slowest.holds
+
+
+def test_gpu_targets(tmp_path):
+    data = content("triton", "cuda", GPU_TIMES, memory=1.04)
+    latency = {"empty": [1.0, 2.0, 3.0], "forward": [4.0, 4.0, 4.0], "both": [4.1, 4.1, 4.1]}
+    data["latency"] = latency | {"host forward": [30.0], "host both": [60.1]}
+    found = evaluated(tmp_path, data)
+    assert {promise: (target.measured.split(" at worst")[0], target.holds) for promise, target in found.items()} == {
+        "forward: at least 90 % of the copy's bandwidth": ("90 %", True),
+        "backward: at least 80 % of the copy's bandwidth": ("90 %", True),
+        "forward + backward against the best compiled reference: at least 2x, W >= 5": ("2x", True),
+        "forward + backward against the eager reference: at least 10x, W >= 5": ("10.1x", True),
+        "peak memory: at most the floor's tensors and 5 %": ("1.04x", True),
+        "paper's size, replay of a graph, forward: at most 2 us more than an empty kernel": ("2 us", True),
+        "paper's size, replay of a graph, both: at most 2 us more than an empty kernel": ("2.1 us", False),
+        "paper's size, host time of an eager call, forward: at most 30 us": ("30 us", True),
+        "paper's size, host time of an eager call, both: at most 60 us": ("60.1 us", False),
+    }
+    worse = content("triton", "cuda", GPU_TIMES | {"triton": 11.5}, memory=1)
+    worse["cases"][0]["memory"]["triton"]["both"] = int(1.06 * 6 * BYTES)
+    found = evaluated(tmp_path, worse)
+    assert [target.holds for target in found.values()] == [False, False, False, False, False, None, None, None, None]
+
+
+def test_the_suite_is_not_part_of_the_default_run(pytestconfig):
+    assert pytestconfig.getini("testpaths") == ["tests"]
+
+
+def test_one_command_measures_the_cases_asked_for_and_resumes(monkeypatch, small_cache, tmp_path, capsys):
+    cases = [Case((1, 4, 1, 4), window, 3) for window in (1, 2, 3)]
+    monkeypatch.setattr(operation, "cases", lambda _: cases)
+    monkeypatch.setattr(peers, "NAMES", {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "operation-cpu.json"
+    __main__.run_operation(samples=3, match="W[12] ", output=file)
+    first = json.loads(file.read_text())
+    assert [data["time_window"] for data in first["cases"]] == [1, 2]
+    assert "never slower" in capsys.readouterr().out
+    __main__.run_operation(samples=3, output=file, resume=True)
+    second = json.loads(file.read_text())
+    assert second["cases"][:2] == first["cases"]
+    assert [data["time_window"] for data in second["cases"]] == [1, 2, 3]
+    second["environment"]["torch"] = "another"
+    file.write_text(json.dumps(second))
+    with pytest.raises(SystemExit, match="cannot resume: torch changed"):
+        __main__.run_operation(samples=3, output=file, resume=True)
+    with pytest.raises(SystemExit, match="no case matches 'W99'"):
+        __main__.run_operation(match="W99", output=file)
+
+
+@pytest.mark.gpu
+def test_latency_has_every_sample():
+    times = operation.measure_latency(torch.device("cuda"), samples=3)
+    assert times.keys() == {"empty", "forward", "both", "host forward", "host both"}
+    assert all(len(x) == 3 and min(x) > 0 for x in times.values())
