@@ -36,7 +36,11 @@ def _cpu(result: Result) -> list[Target]:
             _each(result.measured, lambda m: m.speedup("convolution", both)),
             200,
         ),
-        _highest("peak memory: at most 4x `z` and `u`", _each(result.measured, lambda m: m.memory(both, 2)), 4),
+        _highest(
+            "peak memory with the inputs: at most 4x the inputs `z`, `u` and `dt`",
+            _each(result.measured, lambda m: m.memory(both, 3)),
+            4,
+        ),
     ]
 
 

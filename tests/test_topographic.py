@@ -481,6 +481,27 @@ def test_incoming_gradients_as_networks_send_them(backend, device):
             assert_within(f"{way}: d{name}", g, expected[f"d{name}"], bounds[f"d{name}"])
 
 
+class Ends(torch.autograd.Function):
+    """A function that says of its input that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, t):
+        """Copy."""
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, dt):
+        """None."""
+        return None
+
+
+def test_no_incoming_gradient_gives_none(backend, device):
+    problem = Problem.random((2, 4, 1, 4), Neighborhood(2, 3), "scalar", weighted=True, device=device)
+    leaves = [x.requires_grad_() for x in problem.leaves.values()]
+    Ends.apply(operation(problem, backend)(*leaves)).sum().backward()
+    assert [x.grad for x in leaves] == [None] * 4
+
+
 def test_nothing_given_is_written_to(backend, device):
     problem = Problem.random((2, 5, 2, 3), small_neighborhood(), "each", weighted=True, device=device)
     before = {name: getattr(problem, name).clone() for name in ("z", "u", "mu", "weights", "dt")}

@@ -129,10 +129,13 @@ class TopographicFunction(torch.autograd.Function):
             if r is not None:
                 ctx.mark_non_differentiable(r)
             ctx.save_for_backward(z, u, mu, weights, r)
+        ctx.set_materialize_grads(False)  # else the gradient that r does not have arrives as zeros, written for nobody
 
     @staticmethod
     def backward(ctx, dt, _):
         """The gradients of `z`, `u`, `mu` and `weights`."""
+        if dt is None:
+            return (None,) * 8
         z, u, mu, weights, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: only the formula has one
             gradients = reference.topographic_backward(dt, z, u, mu, weights, ctx.neighborhood, ctx.eps)
