@@ -118,6 +118,25 @@ def run_machine_code(output: Path | None = None) -> None:
     machine_code.main(output)
 
 
+def run_overhead(samples: int = 15, output: Path = results.FOLDER / "overhead.json") -> None:
+    """Time what the host does for a call of the kernels, without launching them: it needs no GPU.
+
+    Args:
+        samples: each the mean of many calls.
+        output: JSON file to write.
+
+    """
+    from . import overhead
+
+    taken = overhead.measure(samples)
+    results.write(output, {"environment": environment.describe(), "unit": "us", "samples": taken})
+    table = Table("call", "microseconds", title="median time of the host's thread, nothing launched")
+    for name, median in overhead.medians(taken).items():
+        table.add_row(name, f"{median:.1f}")
+    console.print(table)
+    console.print(f"written to {output}")
+
+
 def _resumed(content: dict, described: dict) -> dict:
     """The content of a file that a run described so may add to."""
     before = content["environment"]
@@ -133,7 +152,13 @@ def _name(data: dict) -> str:
     return Case(tuple(data["shape"]), data["time_window"], data["capsule_window"], data["dtype"]).name
 
 
-COMMANDS = {"operation": run_operation, "step": run_step, "machine-code": run_machine_code, "report": run_report}
+COMMANDS = {
+    "operation": run_operation,
+    "overhead": run_overhead,
+    "machine-code": run_machine_code,
+    "step": run_step,
+    "report": run_report,
+}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from numerics import Problem as Numerics
 from numerics import assert_within
 
-from benchmarks import __main__, devices, operation, peers, report, results, targets
+from benchmarks import __main__, devices, operation, overhead, peers, report, results, targets
 from benchmarks.operation import Case, Copies, Judge, Problem, WrongResultError
 from tvae_kernels import Neighborhood
 
@@ -64,6 +64,17 @@ def test_judge_accepts_each_peer_and_refuses_small_mistakes(dtype):
                 judge.check("wrong", problem, wrong)
     with pytest.raises(WrongResultError, match="t is off by up to nan"):
         judge.check("wrong", problem, lambda z, u, mu: right(z, u, mu) * math.nan)
+
+
+def test_overhead_launches_nothing_and_puts_everything_back(monkeypatch):
+    kernels = pytest.importorskip("tvae_kernels.kernels", exc_type=ImportError)
+    launch, interpreted = kernels._launch, kernels.interpreted
+    monkeypatch.setattr(overhead, "CALLS", 2)
+    monkeypatch.setattr(kernels, "whole_forward_kernel", None)  # a launch would fail
+    taken = overhead.measure(samples=3)
+    assert [len(x) for x in taken.values()] == [3] * 6
+    assert all(x >= 0 for samples in taken.values() for x in samples)
+    assert (kernels._launch, kernels.interpreted) == (launch, interpreted)
 
 
 @pytest.fixture

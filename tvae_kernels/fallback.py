@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import operators, reference
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
 
@@ -34,6 +34,14 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = N
     # cost less than to skew and unskew.
     if weights is not None or taps <= 4:
         return reference.window_sum(x, neighborhood, weights, adjoint)
+    # A compiler would skew anew for every tap. Exported programs take this with them: they run without this package.
+    if torch.compiler.is_dynamo_compiling():
+        return operators.window_sum(x, neighborhood, adjoint)
+    return skewed_window_sum(x, neighborhood, adjoint)
+
+
+def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
+    """The plain window sum as written above, into new memory."""
     shape, (_, steps, capsules, dim) = x.shape, x.shape
     frames, positions, (more_steps, more_dim) = _circle(steps, dim, neighborhood, adjoint)
     window, width = len(frames), len(positions)
@@ -46,9 +54,7 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = N
     skew = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
     x = x.flatten(1).index_select(1, skew)
     if window > 1:
-        frame = capsules * line
-        # `unfold(1, window, 1)`, but a compiler must have y in memory for it rather than skew again for every tap
-        x = x.as_strided((len(x), steps, frame, window), (lines * frame, frame, 1, frame)).sum(-1).flatten(1)
+        x = x.unflatten(1, (lines, -1)).unfold(1, window, 1).sum(-1).flatten(1)
     if width > 1:  # straight through memory: what is summed across the end of a line is never read
         inside = x.shape[1] - width + 1
         total = x[:, :inside] + x[:, 1 : inside + 1]

@@ -1,8 +1,9 @@
-"""The kernels as registered operators, for the compilers of PyTorch.
+"""The kernels and the fallback's window sum as registered operators, for the compilers of PyTorch.
 
 `torch.compile` and `torch.export` cannot look into the launch of a kernel. Below them it goes through these operators,
-of whose results they know shape and type. In eager mode the kernels are launched directly: an operator made in Python
-costs several times the host time of a direct call (`python -m benchmarks overhead`).
+of whose results they know shape and type. Into the fallback they can look, but make its window sum slower. In eager
+mode the kernels are launched directly: an operator made in Python costs several times the host time of a direct call
+(`python -m benchmarks overhead`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def backward(
     """As `kernels.backward`, through `torch.ops.tvae_kernels.topographic_backward`."""
     dz, du, dmu, dw = _backward(dt, z, u, mu, weights, r, *_fields(neighborhood, z.shape[3]), eps)
     return dz, du, dmu, None if weights is None else dw
+
+
+def window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
+    """As `fallback.skewed_window_sum`, through `torch.ops.tvae_kernels.window_sum`."""
+    return _window_sum(x, *_fields(neighborhood, x.shape[3]), adjoint)
 
 
 def _fields(neighborhood: Neighborhood, dim: int) -> tuple[int, int, int, bool, Boundary, Boundary]:
@@ -108,6 +114,28 @@ def _(dt, z, u, mu, weights, r, *settings):
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dw = _nothing(z) if weights is None else torch.empty_like(weights)
     return dz, torch.empty_like(dz), torch.empty_like(mu), dw
+
+
+@torch.library.custom_op("tvae_kernels::window_sum", mutates_args=())
+def _window_sum(
+    x: Tensor,
+    time_window: int,
+    capsule_window: int,
+    shift: int,
+    causal: bool,
+    time_boundary: str,
+    capsule_boundary: str,
+    adjoint: bool,
+) -> Tensor:
+    from . import fallback
+
+    neighborhood = Neighborhood(time_window, capsule_window, shift, causal, time_boundary, capsule_boundary)
+    return fallback.skewed_window_sum(x, neighborhood, adjoint)
+
+
+@_window_sum.register_fake
+def _(x, *settings):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _nothing(z: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""What the host does before a GPU can start: the time of a call whose kernels are not launched.
+
+This decides how the kernels are called. A GPU needs a few microseconds for the paper's own size, so that in eager mode
+the host takes longer; what is measured here runs on any machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from tvae_kernels import operators, topographic
+
+from . import peers
+from .operation import PAPER, Problem
+
+CASE = replace(PAPER, shape=(1, *PAPER.shape[1:]))  # a single sequence: the allocator of the CPU should not count
+CALLS = 500  # in a row, for one sample
+
+
+class Nothing(torch.autograd.Function):
+    """What PyTorch itself takes for an operation of three inputs, of which it keeps all."""
+
+    @staticmethod
+    def forward(ctx, z, u, mu):
+        """A new tensor."""
+        ctx.save_for_backward(z, u, mu)
+        return torch.empty_like(z)
+
+    @staticmethod
+    def backward(ctx, dt):
+        """No new tensors."""
+        return ctx.saved_tensors
+
+
+def measure(samples: int) -> dict[str, list[float]]:
+    """Microseconds of the host for one call, by the way it is called."""
+    with _no_launches() as kernels:
+        problem = Problem.random(CASE, torch.device("cpu"), seed=0)
+        n, eps = CASE.neighborhood, peers.EPS
+        z, u, mu = (x.detach() for x in (problem.z, problem.u, problem.mu))
+
+        def call(z, u, mu):
+            return topographic(z, u, mu, n, eps=eps, backend="triton")
+
+        def nothing(z, u, mu):
+            return Nothing.apply(z, u, mu)
+
+        ways = {
+            "a Function that does nothing, forward": lambda: problem.forward(nothing),
+            "a Function that does nothing, forward and backward": lambda: problem.both(nothing),
+            "kernels.forward, direct": lambda: kernels.forward(z, u, mu, None, n, eps, True),
+            "kernels.forward as an operator": lambda: operators.forward(z, u, mu, None, n, eps, True),
+            "topographic, forward": lambda: problem.forward(call),
+            "topographic, forward and backward": lambda: problem.both(call),
+        }
+        taken = {name: [] for name in ways}
+        for _ in range(samples):
+            for name, way in ways.items():
+                taken[name].append(_microseconds(way))
+    return taken
+
+
+def _microseconds(way: Callable[[], object]) -> float:
+    begin = time.thread_time()  # of this thread alone, whatever else runs
+    for _ in range(CALLS):
+        way()
+    return 1e6 * (time.thread_time() - begin) / CALLS
+
+
+@contextmanager
+def _no_launches() -> Iterator:
+    """The kernels' module, made to accept tensors on the CPU and to launch nothing."""
+    from tvae_kernels import kernels
+
+    launch, interpreted = kernels._launch, kernels.interpreted
+    kernels._launch, kernels.interpreted = lambda *args, **options: None, lambda: True
+    try:
+        yield kernels
+    finally:
+        kernels._launch, kernels.interpreted = launch, interpreted
+
+
+def medians(taken: dict[str, list[float]]) -> dict[str, float]:
+    """By way."""
+    return {name: statistics.median(samples) for name, samples in taken.items()}
