@@ -10,7 +10,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 from . import environment, results
@@ -106,16 +106,23 @@ def run_step(data_dir: Path | None = None, steps: int = 50, output: Path = resul
     console.print(f"written to {output}")
 
 
-def run_machine_code(output: Path | None = None) -> None:
+def run_machine_code(output: Path = results.FOLDER / "machine-code.json") -> None:
     """Compile the kernels ahead of time, for GPUs that need not be there, and count what their machine code does.
 
     Args:
-        output: JSON file for everything found, the assembler text included.
+        output: JSON file to write.
 
     """
     from . import machine_code
 
-    machine_code.main(output)
+    kernels = list(track(machine_code.compile_all(), "compiling", total=len(machine_code.tasks()), console=console))
+    content = machine_code.content(kernels, environment.describe())
+    results.write(output, content)
+    table = Table(*machine_code.HEADS, title="bytes and instructions an element; in brackets the least there can be")
+    for row in machine_code.rows(content["kernels"]):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"written to {output}")
 
 
 def run_overhead(samples: int = 15, output: Path = results.FOLDER / "overhead.json") -> None:

@@ -1,12 +1,11 @@
 """What the compilers make of the kernels, for GPUs that need not be there: registers, memory, instructions, bytes.
 
-`python -m benchmarks machine-code` compiles both kernels ahead of time for every target below and prints a table; the
+`python -m benchmarks machine-code` compiles the kernels ahead of time for every target below and prints a table; the
 tests assert what it shows.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -18,9 +17,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from tvae_kernels import Neighborhood
 
@@ -31,6 +27,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
+HEADS = ["problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions", "loaded", "stored"]
 FLOOR = {"forward": (2, 1), "backward": (3, 2)}  # elements that must be read and written, an element
 
 
@@ -258,26 +255,23 @@ def _tool(name: str, compiled, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def table(kernels: list[Kernel]) -> Table:
-    """A row for each kernel; bytes as counted / at least."""
-    columns = ("problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions")
-    result = Table(*columns, "bytes loaded", "bytes stored", title="an element of the result: instructions and bytes")
+def content(kernels: list[Kernel], environment: dict) -> dict:
+    """What is worth keeping: all but the assembler."""
+    rows = [{name: value for name, value in asdict(k).items() if name != "text"} for k in kernels]
+    return {"environment": environment, "unit": "instructions and bytes an element of the result", "kernels": rows}
+
+
+def rows(kernels: list[dict]) -> list[list[str]]:
+    """A row under `HEADS` for each kernel of a `content`; bytes as counted, and in brackets the least there can be."""
+    result = []
     for k in kernels:
-        size = getattr(torch, k.type).itemsize
-        reads, writes = FLOOR[k.direction]
-        problem = f"{k.form} {'x'.join(map(str, k.shape))} W{k.window[0]} K{k.window[1]}"
-        counts = ("", "", "")
-        if k.loaded is not None:
-            loaded, stored = f"{k.loaded:.1f} / {reads * size}", f"{k.stored:.1f} / {writes * size}"
-            counts = (f"{k.instructions:.0f}", loaded, stored)
-        numbers = (str(k.registers), str(k.spilled), str(k.shared))
-        result.add_row(problem, k.type, k.target, k.direction, *numbers, *counts)
+        size = getattr(torch, k["type"]).itemsize
+        reads, writes = FLOOR[k["direction"]]
+        counts = ["", "", ""]
+        if k["loaded"] is not None:
+            loaded, stored = f"{k['loaded']:.1f} ({reads * size})", f"{k['stored']:.1f} ({writes * size})"
+            counts = [f"{k['instructions']:.0f}", loaded, stored]
+        problem = f"{k['form']}: {', '.join(map(str, k['shape']))}; W {k['window'][0]}, K {k['window'][1]}"
+        numbers = [str(k[name]) for name in ("registers", "spilled", "shared")]
+        result.append([problem, k["type"], k["target"], k["direction"], *numbers, *counts])
     return result
-
-
-def main(output: Path | None = None) -> None:
-    """Compile everything, print the table and, if a file is named, write what was found there as JSON."""
-    kernels = list(track(compile_all(), "compiling", total=len(tasks())))
-    Console(width=160).print(table(kernels))
-    if output is not None:
-        output.write_text(json.dumps([asdict(k) for k in kernels]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import results, targets
+from . import machine_code, overhead, results, targets
 from .operation import FLOOR
 from .results import Measured, Result
 
@@ -58,13 +59,17 @@ def fill(text: str, loaded: list[Result], folder: Path = ROOT) -> str:
 
 
 def render(name: str, loaded: list[Result], folder: Path = ROOT) -> str:
-    """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all` or `operation-KIND-figure`.
+    """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all`, `operation-KIND-figure`, or others.
 
-    KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction.
+    KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction. The others
+    are `machine-code` and `overhead`.
     """
+    if name in OTHERS:
+        return OTHERS[name]()
     _, kind, what = (*name.split("-"), "")[:3]
     if name.split("-")[0] != "operation" or kind not in ("cpu", "gpu") or what not in RENDERERS:
         known = ", ".join(f"operation-{kind}{'-' * bool(x)}{x}" for kind in ("cpu", "gpu") for x in RENDERERS)
+        known += "".join(f", {other}" for other in OTHERS)
         raise ValueError(f"there is no benchmark {name!r}; there are {known}")
     chosen = [result for result in loaded if result.on_gpu == (kind == "gpu")]
     parts = [f"{caption(result)}\n\n{RENDERERS[what](result, folder)}" for result in chosen]
@@ -130,6 +135,33 @@ RENDERERS: dict[str, Callable[[Result, Path], str]] = {
     "all": full_table,
     "figure": figure_link,
 }
+
+
+def machine_code_table(file: Path = results.FOLDER / "machine-code.json") -> str:
+    """One target of the three alike; and what holds for all."""
+    content = json.loads(file.read_text())
+    shown = [k for k in content["kernels"] if k["target"] == "sm_90" and k["loaded"] is not None]
+    spilled = sum(k["spilled"] > 0 for k in content["kernels"])
+    targets = ", ".join(dict.fromkeys(k["target"] for k in content["kernels"]))
+    e = content["environment"]
+    text = f"{len(content['kernels'])} kernels compiled for {targets} by triton {e['triton']}, commit {e['commit']}; "
+    text += f"{spilled} of them spill registers. Those for sm_90 whose instructions can be counted:"
+    heads, rows = machine_code.HEADS, machine_code.rows(shown)
+    left_out = [heads.index(name) for name in ("target", "spilled")]
+    heads, *rows = [[x for i, x in enumerate(row) if i not in left_out] for row in (heads, *rows)]
+    return f"{text}\n\n{_markdown(heads, rows)}"
+
+
+def overhead_table(file: Path = results.FOLDER / "overhead.json") -> str:
+    """Medians."""
+    content = json.loads(file.read_text())
+    e = content["environment"]
+    text = f"Measured on {e['cpu']}; torch {e['torch']}, Python {e['python']}; commit {e['commit']}, {e['date'][:10]}."
+    rows = [[way, f"{median:.0f} us"] for way, median in overhead.medians(content["samples"]).items()]
+    return f"{text}\n\n{_markdown(['call', 'time of the host'], rows)}"
+
+
+OTHERS = {"machine-code": machine_code_table, "overhead": overhead_table}
 
 
 def roofline(result: Result, file: Path) -> Path:

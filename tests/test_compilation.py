@@ -1,7 +1,7 @@
 """The kernels compile for real GPUs, which the interpreter cannot show, and into the instructions they are meant to be.
 
-`python -m benchmarks machine-code` compiles them, here in a process where the interpreter is off and with an empty
-cache; these tests look at what it found.
+Run as a script, in a process where the interpreter is off, this file compiles all that `python -m benchmarks
+machine-code` does and writes what came out as JSON; run by pytest, it starts that process once and looks at the result.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,12 @@ def kernels(tmp_path_factory) -> list[Kernel]:
     folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "benchmarks", "machine-code", "--output", str(folder / "results.json")]
-    root = Path(__file__).parent.parent
-    process = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=900)
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    output = folder / "results.json"
+    command = [sys.executable, __file__, str(output)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr[-4000:]
-    return [Kernel(**data) for data in json.loads((folder / "results.json").read_text())]
+    return [Kernel(**data) for data in json.loads(output.read_text())]
 
 
 def chosen(kernels: list[Kernel], **wanted: str) -> list[Kernel]:
@@ -135,3 +137,8 @@ def test_bfloat16_results_are_rounded_to_nearest(kernels):
         stores = re.findall(r"cvt\.(\w+)\.bf16\w*\.f32", k.text)
         assert stores
         assert set(stores) == {"rn"}
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], "w", encoding="utf-8") as file:
+        json.dump([asdict(kernel) for kernel in machine_code.compile_all()], file)

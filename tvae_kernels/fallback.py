@@ -50,18 +50,25 @@ def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> T
 
     circle = steps + more_steps, dim + more_dim
     shift = neighborhood.shift % circle[1] if window > 1 else 0
-    lines, line = steps + window - 1, circle[1] + width - 1  # y: as far as the windows reach
+    # If the windows cover all time and the diagonals meet themselves again, all windows on a diagonal are one.
+    all_time = window == circle[0] and shift * window % circle[1] == 0
+    lines, line = steps + (0 if all_time else window - 1), circle[1] + width - 1  # y: as far as the windows reach
     skew = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
     x = x.flatten(1).index_select(1, skew)
-    if window > 1:
-        x = x.unflatten(1, (lines, -1)).unfold(1, window, 1).sum(-1).flatten(1)
+    x = x.unflatten(1, (lines, -1))
+    if all_time:
+        x = x.sum(1)
+    elif window > 1:
+        x = x.unfold(1, window, 1).sum(-1)
+    x = x.flatten(1)
     if width > 1:  # straight through memory: what is summed across the end of a line is never read
         inside = x.shape[1] - width + 1
         total = x[:, :inside] + x[:, 1 : inside + 1]
         for k in range(2, width):
             total += x[:, k : inside + k]
         x = total
-    unskew = _indices((0, steps), capsules, (0, dim), -shift, circle, line, x.device)
+    sums = (1 if all_time else circle[0]), circle[1]
+    unskew = _indices((0, steps), capsules, (0, dim), -shift, sums, line, x.device)
     return x.index_select(1, unskew).view(shape)
 
 
