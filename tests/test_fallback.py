@@ -21,6 +21,17 @@ def test_window_sum_equals_the_plain_sum_in_both_directions(problem):
         )
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("boundary", ["circular", "zero"])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_windows_as_long_as_time_is(steps, boundary, shift):
+    """On a circle whose diagonals close, all windows on one are alike; where time is cut they are not."""
+    x = torch.rand(1, steps, 2, 6, dtype=torch.float64)
+    for window in (steps, steps + 1) if boundary == "zero" else (steps,):
+        n = Neighborhood(window, 3, shift * 6 // steps, time_boundary=boundary)
+        torch.testing.assert_close(fallback.window_sum(x, n), reference.window_sum(x, n), rtol=1e-14, atol=0)
+
+
 @settings(max_examples=100)
 @given(problems(longest=12, widest=16, dtypes=[torch.float64]))
 def test_the_adjoint_is_the_transposed_sum(problem):

@@ -51,7 +51,7 @@ def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> T
     circle = steps + more_steps, dim + more_dim
     shift = neighborhood.shift % circle[1] if window > 1 else 0
     # If the windows cover all time and the diagonals meet themselves again, all windows on a diagonal are one.
-    all_time = window == circle[0] and shift * window % circle[1] == 0
+    all_time = window == steps == circle[0] and shift * window % circle[1] == 0
     lines, line = steps + (0 if all_time else window - 1), circle[1] + width - 1  # y: as far as the windows reach
     skew = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
     x = x.flatten(1).index_select(1, skew)
