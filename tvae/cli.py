@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .data import DataError, SequenceStream
+from .paper import shown_in
 from .presets import DEFAULT_PRESET, PRESETS, Config
 from .run import Run, RunError
 
@@ -136,9 +137,9 @@ def _traverse(arguments: list[str]) -> int:
 def _presets(arguments: list[str]) -> int:
     if arguments:
         raise ValueError(f"`tvae presets` takes no arguments, got {' '.join(arguments)}")
-    table = Table("preset", "what it is", "steps")
+    table = Table(Column("preset", no_wrap=True), "model", "shown in", box=None, pad_edge=False)
     for name, preset in PRESETS.items():
-        table.add_row(name, preset.description, f"{preset.config.steps:,}")
+        table.add_row(name, preset.description, ", ".join(shown_in(name)))
     console.print(table)
     return 0
 
@@ -150,9 +151,8 @@ def _report(run: Run, config: Config, device: torch.device) -> None:
     model = run.load_model(device)
     source = config.open_source("test", device)
     with console.status("evaluating"):
-        rows = evaluation.evaluate(
-            model, source, config.evaluation_sequences, config.batch_size, config.importance_samples
-        )
+        sequences = evaluation.FixedSequences.of(source, config.evaluation_sequences, config.batch_size)
+        rows = evaluation.evaluate(model, sequences, config.importance_samples)
     evaluation.save(rows, config.evaluation_sequences, run.evaluation_file)
     title = f"{run.path}: {config.evaluation_sequences:,} test sequences after {config.steps:,} steps"
     console.print(evaluation.table(rows, title))
