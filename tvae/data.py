@@ -354,7 +354,7 @@ class DSpritesSequences(_SpriteSource):
 
     def __init__(self, data_dir: str | Path, device: torch.device | str = "cpu", download: bool = False):
         self.device = torch.device(device)
-        path = Path(data_dir) / _DSPRITES_URL.rpartition("/")[2]
+        path = self.file(data_dir)
         if not path.exists():
             if not download:
                 raise DataError(
@@ -365,6 +365,11 @@ class DSpritesSequences(_SpriteSource):
         every_other = range(0, 30, 2)
         kept = (range(3), range(1, 6), every_other, every_other, every_other)
         self._packed = torch.from_numpy(_read_dsprites(path, (3, 6, 40, 32, 32), kept)).to(self.device)
+
+    @staticmethod
+    def file(data_dir: str | Path) -> Path:
+        """Where the data is read from."""
+        return Path(data_dir) / _DSPRITES_URL.rpartition("/")[2]
 
     def render(self, examples: Tensor, factors: Tensor) -> Tensor:
         """Frames (B, S, 1, 64, 64), zeros and ones; the factors alone decide."""

@@ -100,9 +100,14 @@ def table(rows: list[Row], title: str) -> Table:
         result.add_column(column, justify="right")
     result.add_column("unit")
     for row in rows:
-        digits = 0 if row.metric == "E_eq" else 2 if row.metric.startswith("CapCorr") else 1
-        result.add_row(row.metric, f"{row.value:,.{digits}f}", f"{row.chance:,.{digits}f}", row.unit)
+        n = digits(row.metric)
+        result.add_row(row.metric, f"{row.value:,.{n}f}", f"{row.chance:,.{n}f}", row.unit)
     return result
+
+
+def digits(metric: str) -> int:
+    """How many digits after the point a metric is printed with."""
+    return 0 if metric == "E_eq" else 2 if metric.startswith("CapCorr") else 1
 
 
 def save(rows: list[Row], sequences: int, path: Path) -> None:
