@@ -174,11 +174,7 @@ def _traverse(arguments: list[str]) -> int:
 
 def _reproduce(arguments: list[str]) -> int:
     if not arguments:
-        table = Table("target", "what it is", box=None, pad_edge=False)
-        for name, exhibit in EXHIBITS.items():
-            table.add_row(name, exhibit.title)
-        console.print(table)
-        return 0
+        return _targets()
     options = tyro.cli(ReproduceOptions, args=arguments, prog="tvae reproduce")
     if options.target not in EXHIBITS:
         raise ValueError(f"unknown target {options.target!r}; choose from {', '.join(EXHIBITS)}")
@@ -187,6 +183,8 @@ def _reproduce(arguments: list[str]) -> int:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     from . import figures, reproduction
 
+    if options.page is not None:
+        reproduction.read_block(options.page, options.target)
     exhibit = EXHIBITS[options.target].with_data(_sprites(options.data, data_dir))
     jobs = reproduction.plan(exhibit, options.seeds, options.budget, data_dir, options.runs)
     if not reproduction.carry_out_all(jobs, device.type, options.jobs, console):
@@ -203,6 +201,14 @@ def _reproduce(arguments: list[str]) -> int:
         reproduction.include(options.page, options.target, files[0], picture)
     console.print(Markdown(reproduction.to_markdown(results)))
     console.print(" ".join(map(str, files)), soft_wrap=True)
+    return 0
+
+
+def _targets() -> int:
+    table = Table("target", "what it is", box=None, pad_edge=False)
+    for name, exhibit in EXHIBITS.items():
+        table.add_row(name, exhibit.title)
+    console.print(table)
     return 0
 
 

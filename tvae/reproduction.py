@@ -446,19 +446,24 @@ def _number(fraction: str) -> float:
     return int(numerator) / int(denominator or 1)
 
 
-def include(page: Path, name: str, table: Path, figure: Path | None) -> None:
-    """Put a table and its figure between `<!-- reproduce: NAME -->` and `<!-- end -->` in a Markdown page.
+def read_block(page: Path, name: str) -> tuple[str, re.Match]:
+    """A Markdown page, and where `<!-- reproduce: NAME -->` ... `<!-- end -->` lies in it.
 
     Raises:
         ValueError: the page is missing or has no such block.
 
     """
     text = page.read_text(encoding="utf-8") if page.exists() else ""
+    block = re.search(_BLOCK.format(name=re.escape(name)), text, re.DOTALL)
+    if block is None:
+        raise ValueError(f"{page} has no block for the result: the lines <!-- reproduce: {name} --> and <!-- end -->")
+    return text, block
+
+
+def include(page: Path, name: str, table: Path, figure: Path | None) -> None:
+    """Put a table and its figure into their block of a Markdown page; raises as `read_block`."""
+    text, block = read_block(page, name)
     content = table.read_text(encoding="utf-8")
     if figure is not None:
         content = f"![{content.split('**')[1]}]({os.path.relpath(figure, page.parent)})\n\n{content}"
-    pattern = re.compile(_BLOCK.format(name=re.escape(name)), re.DOTALL)
-    text, found = pattern.subn(lambda match: f"{match[1]}\n{content}\n{match[2]}", text)
-    if not found:
-        raise ValueError(f"{page} has no block for the result: the lines <!-- reproduce: {name} --> and <!-- end -->")
-    page.write_text(text, encoding="utf-8")
+    page.write_text(f"{text[: block.end(1)]}\n{content}\n{text[block.start(2) :]}", encoding="utf-8")
