@@ -195,7 +195,7 @@ def _reproduce(arguments: list[str]) -> int:
     figure, picture = reproduction.draw(options.target, results, jobs, device), None
     if figure is not None:
         picture = options.output / f"{options.target}.png"
-        figures.save(figure, picture)
+        figures.save(figure, picture, results.title)
         files.append(picture)
     if options.page is not None:
         reproduction.include(options.page, options.target, files[0], picture)

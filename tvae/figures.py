@@ -5,6 +5,7 @@ All are drawn at fixed sizes in inches, without colours of their own: lines diff
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,7 +168,9 @@ def covariance(correlations: dict[str, Float[Tensor, "C D C D"]], capsules: int 
         axes.set_yticks((np.arange(capsules) + 0.5) * dim - 0.5, range(1, capsules + 1), fontsize=7)
         axes.set_xlabel("capsule", fontsize=8)
     matrices[0].set_ylabel("capsule", fontsize=8)
-    figure.colorbar(image, ax=list(matrices), shrink=0.8, label="correlation of t²")
+    bar = figure.colorbar(image, ax=list(matrices), shrink=0.8)
+    bar.set_label("correlation of t²", size=8)
+    bar.ax.tick_params(labelsize=7)
     for axes, correlation in zip(curves, correlations.values(), strict=True):
         within, between = within_and_between(correlation)
         axes.plot(within, "k-o", ms=3, lw=1.2, label="within a capsule")
@@ -179,10 +182,13 @@ def covariance(correlations: dict[str, Float[Tensor, "C D C D"]], capsules: int 
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG at twice the screen's resolution, replacing an older one."""
+def save(figure: Figure, path: Path, caption: str = "") -> None:
+    """Write a figure, under its caption, as PNG at twice the screen's resolution, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    width, height = figure.get_size_inches()
+    text = textwrap.fill(caption, int(20 * width))  # 7-point letters, of which 20 take less than an inch
+    figure.text(0, 1 + _MARGIN / height, text, fontsize=7, va="bottom")
+    figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=_MARGIN)
 
 
 def frames_seen(model: VAE, steps: int) -> Tensor:

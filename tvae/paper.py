@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .presets import PRESETS
+
 LOG_LIKELIHOOD = "log p(x), as published, 10 samples"
 BOUND = "log p(x), bound, 10 samples"
 EQUIVARIANCE_ERROR = "E_eq"
@@ -119,6 +121,19 @@ _TRAVERSALS = {
     "fig19": "mnist-perspective-hue-tvae-w13-k3",
 }
 
+_DATA = {
+    "mnist": "MNIST",
+    "mnist-rotation-hue": "MNIST with combined rotation and hue",
+    "mnist-perspective-hue": "MNIST with combined perspective and hue",
+    "sprites": "dSprites",
+}
+
+
+def _traversal_title(name: str, preset: str) -> str:
+    data, model = _DATA[PRESETS[preset].config.data], PRESETS[preset].description
+    return f"Fig. {name.removeprefix('fig')}: capsule traversals of {model} on {data}"
+
+
 EXHIBITS: dict[str, Exhibit] = {
     "table1": Exhibit("Table 1: log-likelihood and equivariance error on MNIST", _table(_MNIST, _TABLE_1)),
     "table2": Exhibit("Table 2: CapCorr and equivariance error on dSprites", _table(_DSPRITES, _TABLE_2)),
@@ -131,10 +146,7 @@ EXHIBITS: dict[str, Exhibit] = {
     "figB4": Exhibit(
         "Appendix B.4: traversals of unseen combined transformations", _figure("mnist-tvae-w13-k3-generalisation")
     ),
-    **{
-        name: Exhibit(f"Fig. {name.removeprefix('fig')}: capsule traversals", _figure(preset))
-        for name, preset in _TRAVERSALS.items()
-    },
+    **{name: Exhibit(_traversal_title(name, preset), _figure(preset)) for name, preset in _TRAVERSALS.items()},
     "covariance": Exhibit(
         "Covariance of squared activations, within and between capsules",
         _figure("mnist-tvae-w5-k3", "mnist-bubblevae-w5-k5", "mnist-vae"),
