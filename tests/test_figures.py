@@ -121,10 +121,12 @@ def test_correlations_within_and_between_capsules_by_distance_on_the_circle():
 
 
 def test_capcorr_figure_draws_every_series_and_chance():
-    series = [Series("TVAE, ours", [0.0, 0.5], [0.2, 1.0], [0.1, 0.0]), Series("VAE, ours", [0.0], [0.3], [0.0])]
-    (axes,) = capcorr_against_coherence(series, chance=0.25).axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(labels) == ["TVAE, ours", "VAE, ours", "chance"]
-    np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata(), [[0, 0.2], [0.5, 1]])
-    dashes = {(c.lines[0].get_linestyle(), c.lines[0].get_marker()) for c in axes.containers}
-    assert len(dashes) == 2
+    series = [Series("TVAE", [0.0, 0.5], [0.2, 1.0], [0.1, 0.0]), Series("VAE", [0.0], [0.3], [0.0])]
+    panels = capcorr_against_coherence({"ours": series, "paper": series[:1]}, chance=0.25).axes
+    labels = [sorted(text.get_text() for text in axes.get_legend().get_texts()) for axes in panels]
+    assert labels == [["TVAE", "VAE", "chance"], ["TVAE", "chance"]]
+    np.testing.assert_allclose(panels[0].containers[0].lines[0].get_xydata(), [[0, 0.2], [0.5, 1]])
+    styles = {(c.lines[0].get_linestyle(), c.lines[0].get_marker()) for c in panels[0].containers}
+    assert len(styles) == 2
+    with pytest.raises(IndexError):
+        capcorr_against_coherence({"ours": series * 4}, chance=0.25)  # rather than draw two alike, or leave one out

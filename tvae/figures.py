@@ -100,34 +100,23 @@ class Series:
     std: list[float]
 
 
-def capcorr_against_coherence(series: list[Series], chance: float) -> Figure:
-    """Average CapCorr over all transformations against L (Fig. 5), beside the chance level."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.add_subplot(xlabel="temporal coherence length L / S", ylabel="average CapCorr", ylim=(-0.05, 1.05))
-    styles = (
-        ("k", "-", "o"),
-        ("0.35", "--", "s"),
-        ("0.35", ":", "D"),
-        ("0.6", "-", "^"),
-        ("0.6", "--", "v"),
-        ("0.6", ":", "x"),
-    )
-    for line, (color, dashes, marker) in zip(series, styles, strict=False):
-        axes.errorbar(
-            line.L,
-            line.mean,
-            line.std,
-            label=line.label,
-            color=color,
-            ls=dashes,
-            marker=marker,
-            ms=4,
-            lw=1.2,
-            capsize=2,
-        )
-    axes.axhline(chance, color="k", lw=0.6, ls=(0, (1, 4)), label="chance")
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    _plain(axes)
+_LINES = (("k", "-", "o"), ("k", "--", "s"), ("k", ":", "D"), ("0.6", "-", "^"), ("0.6", "--", "v"), ("0.6", ":", "x"))
+
+
+def capcorr_against_coherence(panels: dict[str, list[Series]], chance: float) -> Figure:
+    """Average CapCorr over all transformations against L (Fig. 5), six series or fewer a panel, beside chance."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, line in enumerate(series):
+            color, dashes, marker = _LINES[i]
+            style = {"color": color, "ls": dashes, "marker": marker, "ms": 4, "lw": 1.2, "capsize": 2}
+            axes.errorbar(line.L, line.mean, line.std, label=line.label, **style)
+        axes.axhline(chance, color="k", lw=0.6, ls=(0, (1, 4)), label="chance")
+        axes.set(xlabel="temporal coherence length L / S", ylim=(-0.05, 1.05))
+        axes.set_title(title, fontsize=8)
+        axes.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        _plain(axes)
+    figure.axes[0].set_ylabel("average CapCorr")
     return figure
 
 

@@ -417,20 +417,27 @@ def _correlation(job: Job, device: torch.device) -> tuple[str, torch.Tensor]:
         return PRESETS[job.preset].description, figures.squared_activation_correlation(model, batches)
 
 
-def capcorr_series(lines: list[Line]) -> tuple[list[figures.Series], float]:
-    """Average CapCorr over all transformations against L, by model: ours, untrained and printed; and chance."""
+def capcorr_series(lines: list[Line]) -> tuple[dict[str, list[figures.Series]], float]:
+    """Average CapCorr over all transformations against L by model, of ours and the paper's; and chance."""
     lines = [line for line in lines if line.metric.startswith("CapCorr")]
-    series = []
-    for kind in ("ours", "untrained", "paper"):
-        for model in dict.fromkeys(line.model for line in lines):
-            points = {}
-            for preset in dict.fromkeys(line.preset for line in lines if line.model == model):
-                chosen = [line for line in lines if line.preset == preset]
-                points[_number(chosen[0].L)] = _average(chosen, kind)
-            order = sorted(points)
-            means, stds = zip(*(points[L] for L in order), strict=True)
-            series.append(figures.Series(f"{model}, {kind}", order, list(means), [std or 0.0 for std in stds]))
-    return series, float(np.mean([line.chance for line in lines]))
+    models = dict.fromkeys(line.model for line in lines)
+    panels = {
+        "ours": [_series(model, "ours", lines) for model in models]
+        + [_series(model, "untrained", lines) for model in models],
+        "paper": [_series(model, "paper", lines) for model in models],
+    }
+    return panels, float(np.mean([line.chance for line in lines]))
+
+
+def _series(model: str, kind: str, lines: list[Line]) -> figures.Series:
+    points = {}
+    for preset in dict.fromkeys(line.preset for line in lines if line.model == model):
+        chosen = [line for line in lines if line.preset == preset]
+        points[_number(chosen[0].L)] = _average(chosen, kind)
+    order = sorted(points)
+    means, stds = zip(*(points[L] for L in order), strict=True)
+    label = f"{model}, untrained" if kind == "untrained" else model
+    return figures.Series(label, order, list(means), [std or 0.0 for std in stds])
 
 
 def _average(lines: list[Line], kind: str) -> tuple[float, float | None]:
