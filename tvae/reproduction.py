@@ -36,7 +36,7 @@ from .presets import PRESETS, Config, coherence_length
 from .run import Run, RunError
 from .training import train, untrained_model
 
-SMALL_STEPS = 100  # twelve models, the most a target has, in less than 10 minutes on two cores
+SMALL_STEPS = 100  # twelve models, the most a target has, in 7 minutes on one CPU core
 SMALL_SEQUENCES = 200
 MOST_WORKERS = 8
 _REPORTED = ("log p(x),", "E_eq", "CapCorr")  # how the metrics begin that tables report
