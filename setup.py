@@ -29,6 +29,7 @@ setup(
             "matplotlib>=3.8",
             "tyro>=0.9",
             "rich>=13",
+            "filelock>=3.12",
             "jaxtyping>=0.2.30",
         ],
         "test": ["pytest>=8", "hypothesis>=6", "ruff"],

@@ -54,3 +54,22 @@ def backend(request) -> str:
 def kernel_backend(request) -> str:
     """Each backend that has a gradient of its own in turn."""
     return request.getfixturevalue("triton") if request.param == "triton" else request.param
+
+
+def write_idx(path, array):
+    header = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory):
+    """A data set of noise in MNIST's format: 50 training and 20 test images; pixel (0, 0) numbers them from 0 to 69."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(256, size=(70, 28, 28), dtype=np.uint8)
+    images[:, 0, 0] = np.arange(70)
+    for prefix, part in (("train", images[:50]), ("t10k", images[50:])):
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", part)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.zeros(len(part), dtype=np.uint8))
+    return folder

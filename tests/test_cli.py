@@ -1,14 +1,17 @@
 """The command line as a user types it: a whole small run, and every mistake with one clear error."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tvae.paper import EXHIBITS
 from tvae.presets import PRESETS
 
+ROOT = Path(__file__).parent.parent
 TINY = "--capsules 2 --steps 3 --evaluation-sequences 8 --importance-samples 2"
 
 
@@ -84,24 +87,60 @@ def test_resuming_a_finished_run_reports_it_again(trained):
     assert "ELBO" in result.stdout
 
 
-def test_presets_are_listed(tmp_path):
+def test_presets_and_targets_are_listed_whole_on_100_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     result = tvae("presets", tmp_path)
     assert result.returncode == 0
-    assert all(name in result.stdout for name in PRESETS)
+    words = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert set(PRESETS) <= set(words)
+    assert words["mnist-tvae-w5-k3"].split()[1:] == ["TVAE,", "L=5/36,", "K=3", "table1,", "fig8,", "covariance"]
+    result = tvae("reproduce", tmp_path)
+    assert {line.split()[0] for line in result.stdout.splitlines()[1:]} >= set(EXHIBITS)
+
+
+def test_reproduce_writes_a_table_and_a_figure_and_fills_a_page(mnist_dir, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- reproduce: fig1 -->\n<!-- end -->\n")
+    script = (
+        "import sys; from dataclasses import replace; from tvae import cli, presets\n"
+        "name = 'mnist-rotation-hue-tvae-w13-k3'; preset = presets.PRESETS[name]\n"
+        "config = replace(preset.config, evaluation_sequences=16, importance_samples=2, batch_size=8)\n"
+        "presets.PRESETS[name] = replace(preset, config=config); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    arguments = f"reproduce fig1 --budget 2 --jobs 1 --data-dir {mnist_dir} --page page.md --output out"
+    command = [sys.executable, "-W", "error", "-c", script, *arguments.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"fig1.md", "fig1.csv", "fig1.json", "fig1.png"}
+    assert (tmp_path / "runs/reproduce/mnist-rotation-hue-tvae-w13-k3/2-steps/seed-0/model.safetensors").exists()
+    assert "![Fig. 1: a capsule traversal" in page.read_text()
+    assert "](out/fig1.png)" in page.read_text()
+    assert "(reduced budget: 2 of 600,000 training steps)" in page.read_text()
+
+
+def test_the_page_of_the_reproduction_has_blocks_for_targets_alone_and_shows_the_committed_tables():
+    page = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- reproduce: (\w+) -->\n(.*?)<!-- end -->", page, re.DOTALL))
+    assert set(blocks) <= set(EXHIBITS)
+    for name, text in blocks.items():
+        table = ROOT / f"results/reproduction/{name}.md"
+        assert text.endswith(f"{table.read_text(encoding='utf-8')}\n") if table.exists() else text == ""
 
 
 def test_help_names_every_command(tmp_path):
     for arguments in ("", "--help"):
         result = tvae(arguments, tmp_path)
         assert result.returncode == 0
-        assert all(f"tvae {command}" in result.stdout for command in ("train", "evaluate", "traverse", "presets"))
+        for command in ("train", "evaluate", "traverse", "reproduce", "presets"):
+            assert f"tvae {command}" in result.stdout
     assert "--learning-rate" in tvae("train mnist-vae --help", tmp_path).stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "unknown command 'trian'; choose from train, evaluate, traverse, presets"),
+        ("trian", "unknown command 'trian'; choose from train, evaluate, traverse, reproduce, presets"),
         ("train no-such", "unknown preset 'no-such'; `tvae presets` lists them"),
         ("train --time-window 16", "a circular time_window of 16 does not fit 15 time steps"),
         ("train --capsule-window 16", "a circular capsule_window of 16 does not fit 15 positions in a capsule"),
@@ -115,6 +154,17 @@ def test_help_names_every_command(tmp_path):
         ("evaluate nowhere", "nowhere is not a run directory"),
         ("traverse nowhere", "nowhere is not a run directory"),
         ("presets please", "takes no arguments"),
+        ("train mnist-vae --evaluation-data sprites", "a model of mnist images cannot be evaluated on sprites"),
+        ("reproduce table9", "unknown target 'table9'; choose from table1, table2"),
+        ("reproduce table1 --data-dir nowhere", "nowhere"),
+        ("reproduce table2 --data dsprites --data-dir nowhere", "nowhere"),
+        ("reproduce table2 --budget 0", "--budget must be small, full, a fraction"),
+        ("reproduce table2 --seeds 0", "--seeds must be at least 1, got 0"),
+        (
+            "reproduce table2 --page nowhere.md",
+            "nowhere.md has no block for the result: the lines <!-- reproduce: table2",
+        ),
+        ("reproduce table2 --jobs 0", "--jobs must be at least 1, got 0"),
     ],
 )
 def test_a_mistake_gives_one_clear_error_and_leaves_nothing_behind(arguments, message, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -22,31 +23,14 @@ from tvae.data import (
     DataError,
     DSpritesSequences,
     Factor,
+    MNISTPerspectiveHueSequences,
+    MNISTRotationHueSequences,
     MNISTSequences,
     SequenceSource,
     SequenceStream,
     SpriteSequences,
     open_source,
 )
-
-
-def write_idx(path, array):
-    header = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    path.write_bytes(header + array.tobytes())
-
-
-@pytest.fixture(scope="module")
-def mnist_dir(tmp_path_factory):
-    """A data set of noise in MNIST's format: 50 training and 20 test images; pixel (0, 0) numbers them from 0 to 69."""
-    folder = tmp_path_factory.mktemp("data")
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(256, size=(70, 28, 28), dtype=np.uint8)
-    images[:, 0, 0] = np.arange(70)
-    for prefix, part in (("train", images[:50]), ("t10k", images[50:])):
-        write_idx(raw / f"{prefix}-images-idx3-ubyte", part)
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.zeros(len(part), dtype=np.uint8))
-    return folder
 
 
 @pytest.fixture(params=["mnist", "sprites"])
@@ -104,7 +88,7 @@ def test_one_factor_advances_and_the_others_stand_still(source):
 
 def test_shape_never_advances():
     source = SpriteSequences()
-    assert [source.factors[index].name for index in source.transformations] == ["scale", "orientation", "x", "y"]
+    assert source.transformations == {1: "scale", 2: "orientation", 3: "x", 4: "y"}
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 and later, about threads
@@ -247,6 +231,53 @@ def test_mnist_hues(mnist_dir):
     frames = source.render(torch.tensor([0]), torch.tensor([[[0, 17, hue] for hue in range(0, 18, 3)]]))[0]
     colours = [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]]
     torch.testing.assert_close(frames[:, :, 14, 14], torch.tensor(colours).float(), rtol=0, atol=1e-6)
+
+
+def test_combined_transformations_advance_together_and_come_round(mnist_dir):
+    for name in ("mnist-rotation-hue", "mnist-perspective-hue"):
+        source = open_source(name, "train", mnist_dir)
+        assert list(source.transformations.values()) == [" + ".join(name.split("-")[1:])]
+        _, factors, transformation = SequenceStream(source, batch_size=8, seed=1)[0]
+        assert torch.equal(transformation, torch.zeros(8, dtype=torch.int64))
+        assert (factors[:, 0, 0] != factors[:, 0, 2]).any()  # they start independently
+        advanced = (factors - factors[:, :1]) % 18
+        assert torch.equal(advanced, (torch.arange(18)[:, None] * torch.tensor([1, 0, 1])).expand(8, -1, -1))
+
+
+def test_combined_rotation_and_hue_is_one_after_the_other(mnist_dir):
+    combined, single = MNISTRotationHueSequences(mnist_dir, "train"), MNISTSequences(mnist_dir, "train")
+    examples = torch.arange(3)
+    batch = combined.sequences(examples, torch.tensor([[0, 0, 0], [5, 0, 17], [11, 0, 3]]), torch.zeros(3).long())
+    nearest = batch.factors.clone()
+    nearest[..., 1] = 10  # the scale of 99 %, undone by hand below
+    single._scale[10] = 1.0
+    torch.testing.assert_close(batch.images, single.render(examples, nearest), rtol=0, atol=0)
+
+
+def test_perspective_is_a_turn_in_space_seen_by_a_camera(mnist_dir):
+    """Against torchvision, which is told where the corners of the image go, for each angle."""
+    source = MNISTPerspectiveHueSequences(mnist_dir, "train")
+    poses = torch.stack([torch.arange(18), torch.zeros(18).long(), torch.zeros(18).long()], dim=-1)
+    frames = source.render(torch.tensor([4]), poses[None])[0]
+    assert torch.equal(frames[:, 1:], torch.zeros(18, 2, 28, 28))  # hue 0 is red
+    digit = source.images[4:5] / 255
+    corners = np.array([[-14, -14], [14, -14], [14, 14], [-14, 14]])  # x right, y down, from the centre
+    for frame, degrees in zip(frames[:, 0], range(0, 360, 20), strict=True):
+        a = math.radians(degrees)
+        in_plane = corners @ np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])  # clockwise
+        right, depth = math.cos(a) * in_plane[:, 0], math.sin(a) * in_plane[:, 0]
+        distance = math.hypot(28, 28) / (2 * math.sin(a)) if degrees % 180 else math.inf
+        seen = np.stack([right, in_plane[:, 1]], 1) / (1 + depth / distance)[:, None]
+        # torchvision solves for the transformation and rounds positions to some 1e-5 of a pixel.
+        expected = tvf.perspective(digit, (corners + 14).tolist(), (seen + 14).tolist())[0]
+        torch.testing.assert_close(frame, expected, rtol=0, atol=1e-3, msg=lambda m, d=degrees: f"{d} degrees: {m}")
+
+
+def test_perspective_of_half_a_turn_is_upside_down(mnist_dir):
+    source = MNISTPerspectiveHueSequences(mnist_dir, "train")
+    frames = source.render(torch.tensor([4]), torch.tensor([[[0, 0, 0], [9, 0, 0]]]))[0, :, 0]
+    torch.testing.assert_close(frames[0], source.images[4] / 255, rtol=0, atol=1e-5)
+    torch.testing.assert_close(frames[1], (source.images[4] / 255).flip(0), rtol=0, atol=1e-5)
 
 
 def test_mnist_white_stays_within_one(mnist_dir):
@@ -459,7 +490,9 @@ def test_dsprites_is_downloaded_whole_or_not_at_all(small_imgs, tmp_path, monkey
 def test_open_source(mnist_dir):
     assert isinstance(open_source("sprites", "test"), SpriteSequences)
     assert len(open_source("mnist", "validation", mnist_dir)) == 10
-    with pytest.raises(ValueError, match="unknown source 'cifar'; choose from sprites, mnist, dsprites"):
+    with pytest.raises(
+        ValueError, match="unknown source 'cifar'; choose from sprites, dsprites, mnist, mnist-rotation-hue"
+    ):
         open_source("cifar", "train")
     with pytest.raises(ValueError, match="unknown split 'valid'; choose from train, validation, test"):
         open_source("sprites", "valid")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tvae import VAE
-from tvae.data import SequenceStream, SpriteSequences
-from tvae.evaluation import EVALUATION_SEED, evaluate
+from tvae.data import SequenceStream, SpriteSequences, open_source
+from tvae.evaluation import EVALUATION_SEED, FixedSequences, Row, evaluate, load, save
 
 
 def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
@@ -14,7 +14,8 @@ def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
     model = VAE(source.image_shape, 2, 15)
     torch.nn.init.zeros_(model.decoder[-1].weight)  # the image no longer depends on the latent variables
     state = torch.get_rng_state()
-    rows = {row.metric: row for row in evaluate(model, source, sequences=8, batch_size=4, samples=2)}
+    sequences = FixedSequences.of(source, 7, batch_size=4)
+    rows = {row.metric: row for row in evaluate(model, sequences, samples=2)}
     assert torch.equal(torch.get_rng_state(), state)
 
     stream = SequenceStream(source, 4, EVALUATION_SEED)
@@ -31,5 +32,19 @@ def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
     assert rows["KL u"].value == rows["KL z"].chance == 0
 
     torch.manual_seed(1)  # whatever the random state before
-    again = evaluate(model, source, sequences=8, batch_size=4, samples=2)
+    again = evaluate(model, sequences, samples=2)
     assert str(again) == str(list(rows.values()))  # NaN, of a roll that never varied, equals itself as text
+
+
+def test_a_combined_transformation_is_named_by_its_factors(mnist_dir):
+    source = open_source("mnist-rotation-hue", "test", mnist_dir)
+    model = VAE(source.image_shape, 2, 18)
+    rows = evaluate(model, FixedSequences.of(source, 8, batch_size=4), samples=1)
+    assert [row.metric for row in rows if row.metric.startswith("CapCorr")] == ["CapCorr rotation + hue"]
+
+
+def test_saved_rows_are_loaded(tmp_path):
+    rows = [Row("E_eq", 0.1, float("nan"), "")]
+    save(rows, 3, tmp_path / "evaluation.json")
+    assert str(load(tmp_path / "evaluation.json")) == str(rows)
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]

@@ -1,11 +1,23 @@
-"""Which frames the traversal figure greys out, and what its rows show."""
+"""What the figures show, by value."""
 
+import numpy as np
 import pytest
 import torch
 
 from tvae import TVAE, VAE
-from tvae.data import SpriteSequences
-from tvae.figures import frames_seen, traversals
+from tvae.data import SequenceStream, SpriteSequences
+from tvae.figures import (
+    Panel,
+    Series,
+    _some_of_each,
+    capcorr_against_coherence,
+    covariance,
+    draw_panels,
+    frames_seen,
+    squared_activation_correlation,
+    traversals,
+    within_and_between,
+)
 from tvae_kernels import Neighborhood
 
 
@@ -28,13 +40,24 @@ def test_without_topography_t0_sees_frame_0_alone():
     assert frames_seen(VAE((1, 2, 2), 1, 8), 8).nonzero().flatten().tolist() == [0]
 
 
+def frames(axes, rows, steps):
+    """The frames of a panel, (row, frame, height, width), which a white rim keeps apart."""
+    shown = torch.as_tensor(np.asarray(axes.images[0].get_array()))
+    cells = shown.unflatten(0, (rows, -1)).unflatten(2, (steps, -1)).movedim(2, 1)  # row, frame, height, width
+    size = 64
+    assert (cells[:, :, size:] == 1).all()
+    assert (cells[:, :, :, size:] == 1).all()
+    return cells[:, :, :size, :size]
+
+
 def test_rows_are_input_reconstruction_and_traversal_of_every_transformation():
     source = SpriteSequences()
     torch.manual_seed(0)
     model = TVAE(source.image_shape, 1, 15, Neighborhood(5))
-    cells = traversals(model, source).axes
-    assert [cell.get_title(loc="left") for cell in cells[:: 3 * 15]] == ["scale", "orientation", "x", "y"]
-    shown = torch.stack([torch.as_tensor(cell.images[0].get_array().data) for cell in cells]).reshape(4, 3, 15, 64, 64)
+    panels = traversals(model, source).axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["scale", "orientation", "x", "y"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["input", "reconstruction", "Roll$_l(t_0)$"]
+    shown = torch.stack([frames(panel, 3, 15) for panel in panels])
     seen = frames_seen(model, 15)
     images = torch.where(seen[:, None, None], shown[:, 0], 1 - (1 - shown[:, 0]) / 0.25).float()  # undo the grey
     assert set(images.unique().tolist()) == {0.0, 1.0}
@@ -42,3 +65,68 @@ def test_rows_are_input_reconstruction_and_traversal_of_every_transformation():
     with torch.no_grad():
         torch.testing.assert_close(shown[:, 1].float(), model.reconstruct(x)[:, :, 0])
         torch.testing.assert_close(shown[:, 2].float(), model.traverse(x)[:, :, 0])
+
+
+def test_a_grid_shows_every_transformation_and_shape_evenly_in_two_columns():
+    source = SpriteSequences()
+    model = VAE(source.image_shape, 1, 15)
+    figure = traversals(model, source, each=3)
+    assert [panel.get_title(loc="left") for panel in figure.axes] == [
+        name for name in ("scale", "orientation", "x", "y") for _ in range(3)
+    ]
+    assert [round(panel.get_position().x0, 3) for panel in figure.axes] == sorted(
+        round(panel.get_position().x0, 3) for panel in figure.axes
+    )
+    assert len({round(panel.get_position().x0, 3) for panel in figure.axes}) == 2
+    shapes = _some_of_each(source, 3).factors[:, 0, 0].tolist()
+    assert [set(shapes[i : i + 3]) for i in range(0, 12, 3)] == [{0, 1, 2}] * 4
+
+
+def test_panels_of_different_lengths_have_frames_of_one_size():
+    panels = [Panel("", ("a",), torch.zeros(1, frames, 4, 4, 1)) for frames in (3, 7)]
+    figure = draw_panels([panels[:1], panels[1:]])
+    width, height = figure.get_size_inches()
+    boxes = [axes.get_position() for axes in figure.axes]
+    for box, count in zip(boxes, (3, 7), strict=True):
+        assert box.width * width / count == pytest.approx(box.height * height)
+    assert boxes[0].x1 < boxes[1].x0
+
+
+def test_squared_activations_correlate_as_numpy_says():
+    source = SpriteSequences()
+    torch.manual_seed(0)
+    model = TVAE(source.image_shape, 2, 15, Neighborhood(3))
+    batches = [SequenceStream(source, 4, 0)[i] for i in range(2)]
+    torch.manual_seed(5)
+    correlation = squared_activation_correlation(model, batches)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        t = torch.cat([model.encode(batch.images) for batch in batches])
+    expected = np.corrcoef((t.double() ** 2).flatten(0, 1).flatten(1).T.numpy())
+    # squares were rounded to float32: 6e-8 of each, which the coefficients of 120 frames do not enlarge much
+    np.testing.assert_allclose(correlation.flatten(2).flatten(0, 1), expected, atol=1e-5)
+
+
+def test_correlations_within_and_between_capsules_by_distance_on_the_circle():
+    C, D = 3, 6
+    c, d, e, f = np.meshgrid(range(C), range(D), range(C), range(D), indexing="ij")
+    distance = np.minimum((d - f) % D, (f - d) % D)
+    correlation = torch.tensor(np.where(c == e, 1 - distance / 4, 0.01 * distance))
+    within, between = within_and_between(correlation)
+    torch.testing.assert_close(within, torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64))
+    torch.testing.assert_close(between, torch.tensor([0, 0.01, 0.02, 0.03], dtype=torch.float64))
+    lines = covariance({"a": correlation, "b": correlation}, capsules=2).axes
+    np.testing.assert_array_equal(lines[0].images[0].get_array(), correlation[:2, :, :2].reshape(12, 12))
+    np.testing.assert_allclose(lines[2].lines[0].get_ydata(), within)
+
+
+def test_capcorr_figure_draws_every_series_and_chance():
+    series = [Series("TVAE", [0.0, 0.5], [0.2, 1.0], [0.1, 0.0]), Series("VAE", [0.0], [0.3], [0.0])]
+    panels = capcorr_against_coherence({"ours": series, "paper": series[:1]}, chance=0.25).axes
+    labels = [sorted(text.get_text() for text in axes.get_legend().get_texts()) for axes in panels]
+    assert labels == [["TVAE", "VAE", "chance"], ["TVAE", "chance"]]
+    np.testing.assert_allclose(panels[0].containers[0].lines[0].get_xydata(), [[0, 0.2], [0.5, 1]])
+    styles = {(c.lines[0].get_linestyle(), c.lines[0].get_marker()) for c in panels[0].containers}
+    assert len(styles) == 2
+    with pytest.raises(IndexError):
+        capcorr_against_coherence({"ours": series * 4}, chance=0.25)  # rather than draw two alike, or leave one out

@@ -22,9 +22,11 @@ def models():
     yield VAE(SHAPE, 3, 6)
     yield TVAE(SHAPE, 3, 6, Neighborhood(4, 3), mu_init=5.0)
     yield BubbleVAE(SHAPE, 3, 6, Neighborhood(3, 1, shift=0), likelihood="gaussian")
+    yield TVAE(SHAPE, 3, 6, Neighborhood(4, 3), weights="normalised")
+    yield VAE(SHAPE, 3, 6, weights="projected")
 
 
-@pytest.fixture(params=range(3), ids=["VAE", "TVAE", "BubbleVAE"])
+@pytest.fixture(params=range(5), ids=["VAE", "TVAE", "BubbleVAE", "normalised TVAE", "projected VAE"])
 def model(request):
     return list(models())[request.param]
 
@@ -53,6 +55,42 @@ def test_layers_have_the_sizes_and_the_initialisation_of_the_paper(image_shape, 
         assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(layer.weight.numel()))
         assert layer.bias.abs().max() <= bound * (1 + 1e-6)
     assert model.topographic.mu.item() == 30
+
+
+def test_normalised_weights_start_where_free_ones_do_and_are_a_length_times_a_direction():
+    layers = []
+    for weights in ("free", "normalised"):
+        torch.manual_seed(4)
+        layers.append(VAE(SHAPE, 3, 6, weights=weights).decoder[0])
+    free, normalised = layers
+    torch.testing.assert_close(normalised.weight, free.weight)
+    names = dict(normalised.named_parameters())
+    g, v = names["parametrizations.weight.original0"], names["parametrizations.weight.original1"]
+    with torch.no_grad():
+        v.mul_(7)
+        g.copy_(torch.arange(1, len(g) + 1)[:, None])
+    torch.testing.assert_close(normalised.weight.norm(dim=1), torch.arange(1.0, len(g) + 1))
+    torch.testing.assert_close(normalised.weight / g, free.weight / free.weight.norm(dim=1, keepdim=True))
+
+
+def test_projected_weights_are_of_norm_one_from_the_start_and_after_a_projection(x):
+    model = TVAE(SHAPE, 3, 6, Neighborhood(4, 3), weights="projected")
+    layers = [m for net in (model.z_encoder, model.u_encoder, model.decoder) for m in net[::2]]
+    before = [layer.weight.clone() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(torch.linspace(0.5, 3, len(layer.weight))[:, None])
+    model.project_weights()
+    for layer, weight in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.weight.norm(dim=1), torch.ones(len(weight)))
+        torch.testing.assert_close(layer.weight, weight)
+
+
+def test_only_projected_weights_are_projected():
+    model = VAE(SHAPE, 3, 6)
+    before = model.decoder[0].weight.clone()
+    model.project_weights()
+    assert torch.equal(model.decoder[0].weight, before)
 
 
 def test_elbo_is_its_terms_at_the_returned_sample(model, x):
@@ -115,8 +153,8 @@ def test_kl_from_prior_is_zero_for_the_prior_and_known_for_a_shift():
 def test_log_weights_are_exact_when_the_images_do_not_depend_on_the_latents(model, x):
     # With posteriors equal to the prior and a constant decoder, every weight is p(x).
     with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim:
+        for name, p in model.named_parameters():
+            if p.ndim and not name.endswith("original1"):  # the directions of normalised weights have no zero
                 p.zero_()
     expected = model.likelihood.log_prob(torch.zeros_like(x), x)
     for weights in model.log_weights(x, samples=3):
@@ -177,6 +215,8 @@ def test_a_file_that_is_no_model_is_refused_by_name(tmp_path):
 def test_wrong_sizes_and_names_are_refused(x):
     with pytest.raises(ValueError, match="likelihood must be one of bernoulli, gaussian; got 'poisson'"):
         VAE(SHAPE, 3, 6, likelihood="poisson")
+    with pytest.raises(ValueError, match="weights must be one of free, normalised, projected; got 'heavy'"):
+        VAE(SHAPE, 3, 6, weights="heavy")
     with pytest.raises(ValueError, match="sizes must be positive"):
         VAE(SHAPE, 0, 6)
     with pytest.raises(ValueError, match="capsule_window of 7 does not fit 6"):

@@ -96,6 +96,36 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_and_forgets_later_metrics
     assert (killed.path / "metrics.csv").read_text() == (whole.path / "metrics.csv").read_text()
 
 
+def test_projected_weights_have_norm_one_after_training_and_normalised_ones_resume(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "projected", replace(SMALL, weights="projected", steps=3))
+    assert train(run, "cpu")
+    for name, weight in load_file(run.model_file).items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(weight.norm(dim=1), torch.ones(len(weight)))
+
+    config = replace(SMALL, weights="normalised")
+    whole, parts = Run.create(tmp_path / "whole", config), Run.create(tmp_path / "parts", config)
+    assert train(whole, "cpu")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert not train(parts, "cpu")
+    assert train(parts, "cpu")
+    assert parts.model_file.read_bytes() == whole.model_file.read_bytes()
+    assert "z_encoder.0.parametrizations.weight.original0" in load_file(whole.model_file)
+
+
+def test_configurations_of_older_runs_are_read():
+    for file in (Path(__file__).parent.parent / "results").glob("*/config.json"):
+        assert Config.from_json(file.read_text()).weights == "free"
+
+
+def test_a_model_is_evaluated_on_the_data_that_its_configuration_says(mnist_dir):
+    config = replace(PRESETS["mnist-tvae-w13-k3-generalisation"].config, data_dir=mnist_dir)
+    assert [config.open_source(split).name for split in ("train", "test")] == ["mnist", "mnist-rotation-hue"]
+    with pytest.raises(ValueError, match="a model of mnist images cannot be evaluated on dsprites"):
+        replace(config, evaluation_data="dsprites")
+
+
 def test_another_seed_gives_another_model(tmp_path):
     models = []
     for seed in (0, 1):

@@ -1,4 +1,4 @@
-"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse` and `tvae presets`."""
+"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse`, `tvae reproduce` and `tvae presets`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
+from rich.table import Column, Table
 
-from .data import DataError, SequenceStream
-from .presets import DEFAULT_PRESET, PRESETS, Config
+from .data import DataError, DSpritesSequences, SequenceStream
+from .paper import EXHIBITS, shown_in
+from .presets import CACHE, DEFAULT_PRESET, PRESETS, Config
 from .run import Run, RunError
 
 # training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
@@ -25,6 +27,7 @@ Topographic VAEs: train them, measure how equivariant their capsules are, look a
   tvae train --resume RUN              continue an interrupted run
   tvae evaluate RUN                    print the metrics of a trained model beside their chance levels
   tvae traverse RUN                    draw the capsule traversals of a trained model
+  tvae reproduce TARGET                make a table or figure of the paper again; without TARGET, list them
   tvae presets                         list the presets
 """
 
@@ -65,10 +68,46 @@ class RunOptions:
     """Where to compute."""
 
 
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """Train what a table or figure of the paper needs, then write the table and draw the figure.
+
+    What is finished is not done again, and what was interrupted goes on: give the same command again.
+    """
+
+    target: tyro.conf.Positional[str]
+    """Table or figure; `tvae reproduce` lists them."""
+    budget: str = "full"
+    """Training steps: "full" (the paper's), "small" (a quick look: 100 steps, evaluated on 200 sequences), a fraction
+    of the paper's steps, or a number of steps."""
+    seeds: int = 1
+    """Train every model with the seeds 0 ... N - 1."""
+    jobs: int | None = None
+    """Runs at once; by default one for each core, and 8 at most."""
+    data_dir: Path | None = None
+    """Folder of local data files. Without it, what is not in ~/.cache/tvae is downloaded."""
+    data: Literal["auto", "sprites", "dsprites"] = "auto"
+    """What stands for dSprites: our own sprites, or the real file; by default the real one where it is at hand."""
+    device: Device = "auto"
+    """Where to compute."""
+    runs: Path = Path("runs/reproduce")
+    """Folder of the runs, which targets share."""
+    output: Path = Path("runs/reproduce")
+    """Folder for TARGET.md, TARGET.csv, TARGET.json and TARGET.png."""
+    page: Path | None = None
+    """Markdown page to include the result in, between the lines <!-- reproduce: TARGET --> and <!-- end -->."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 an error that is explained in one line, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": _train, "evaluate": _evaluate, "traverse": _traverse, "presets": _presets}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "traverse": _traverse,
+        "reproduce": _reproduce,
+        "presets": _presets,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -133,13 +172,61 @@ def _traverse(arguments: list[str]) -> int:
     return 0
 
 
+def _reproduce(arguments: list[str]) -> int:
+    if not arguments:
+        return _targets()
+    options = tyro.cli(ReproduceOptions, args=arguments, prog="tvae reproduce")
+    if options.target not in EXHIBITS:
+        raise ValueError(f"unknown target {options.target!r}; choose from {', '.join(EXHIBITS)}")
+    device, data_dir = _device(options.device), options.data_dir and options.data_dir.expanduser().resolve()
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    from . import figures, reproduction
+
+    if options.page is not None:
+        reproduction.read_block(options.page, options.target)
+    exhibit = EXHIBITS[options.target].with_data(_sprites(options.data, data_dir))
+    jobs = reproduction.plan(exhibit, options.seeds, options.budget, data_dir, options.runs)
+    if not reproduction.carry_out_all(jobs, device.type, options.jobs, console):
+        console.print("Interrupted; the state is saved. Go on with the same command.")
+        return 130
+    results = reproduction.collect(exhibit, jobs)
+    files = reproduction.write(results, options.target, options.output)
+    figure, picture = reproduction.draw(options.target, results, jobs, device), None
+    if figure is not None:
+        picture = options.output / f"{options.target}.png"
+        figures.save(figure, picture, results.title)
+        files.append(picture)
+    if options.page is not None:
+        reproduction.include(options.page, options.target, files[0], picture)
+    console.print(Markdown(reproduction.to_markdown(results)))
+    console.print(" ".join(map(str, files)), soft_wrap=True)
+    return 0
+
+
+def _targets() -> int:
+    table = Table("target", "what it is", box=None, pad_edge=False)
+    for name, exhibit in EXHIBITS.items():
+        table.add_row(name, exhibit.title)
+    console.print(table)
+    return 0
+
+
+def _sprites(choice: Literal["auto", "sprites", "dsprites"], data_dir: Path | None) -> str:
+    """What stands for dSprites."""
+    if choice != "auto":
+        return choice
+    return "dsprites" if DSpritesSequences.file(data_dir or CACHE / "dsprites").exists() else "sprites"
+
+
 def _presets(arguments: list[str]) -> int:
     if arguments:
         raise ValueError(f"`tvae presets` takes no arguments, got {' '.join(arguments)}")
-    table = Table("preset", "what it is", "steps")
+    table = Table(Column("preset", no_wrap=True), "model", "shown in", box=None, pad_edge=False)
     for name, preset in PRESETS.items():
-        table.add_row(name, preset.description, f"{preset.config.steps:,}")
+        table.add_row(name, preset.description, ", ".join(shown_in(name)))
     console.print(table)
+    console.print("\nDATA-MODEL-wW-kK[-OPTION]: W frames (the paper's 2L) and K capsule positions in the window.")
     return 0
 
 
@@ -150,9 +237,8 @@ def _report(run: Run, config: Config, device: torch.device) -> None:
     model = run.load_model(device)
     source = config.open_source("test", device)
     with console.status("evaluating"):
-        rows = evaluation.evaluate(
-            model, source, config.evaluation_sequences, config.batch_size, config.importance_samples
-        )
+        sequences = evaluation.FixedSequences.of(source, config.evaluation_sequences, config.batch_size)
+        rows = evaluation.evaluate(model, sequences, config.importance_samples)
     evaluation.save(rows, config.evaluation_sequences, run.evaluation_file)
     title = f"{run.path}: {config.evaluation_sequences:,} test sequences after {config.steps:,} steps"
     console.print(evaluation.table(rows, title))

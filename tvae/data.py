@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from tvae import sprites
 
-SOURCES = ("sprites", "mnist", "dsprites")
+SOURCES = ("sprites", "dsprites", "mnist", "mnist-rotation-hue", "mnist-perspective-hue")
 SPLITS = ("train", "validation", "test")
 _SPLIT, _EPOCH, _BATCH = range(3)  # what a generator is for
 
@@ -40,7 +40,7 @@ class SequenceBatch(NamedTuple):
 
     images: Tensor  # (B, S, channel, height, width) float32 in [0, 1]
     factors: Tensor  # (B, S, F) int64: index of each factor of variation in each frame
-    transformation: Tensor  # (B,) int64: which factor advances in the sequence
+    transformation: Tensor  # (B,) int64: which factor advances in the sequence (the first, where several do)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class SequenceSource(ABC):
     image_shape: ClassVar[tuple[int, int, int]]  # channel, height, width
     sequence_length: ClassVar[int]
     factors: ClassVar[tuple[Factor, ...]]
+    combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
     device: torch.device
 
     @property
@@ -67,9 +68,10 @@ class SequenceSource(ABC):
         return tuple(len(factor.values) for factor in self.factors)
 
     @property
-    def transformations(self) -> tuple[int, ...]:
-        """Indices of the factors that a sequence may advance."""
-        return tuple(index for index, factor in enumerate(self.factors) if factor.transforms)
+    def transformations(self) -> dict[int, str]:
+        """Names of the transformations, by the index of the factor that a sequence advances (the first of several)."""
+        names = {index: factor.name for index, factor in enumerate(self.factors) if factor.transforms}
+        return {min(names): " + ".join(names.values())} if self.combined else names
 
     @abstractmethod
     def __len__(self) -> int:
@@ -86,9 +88,12 @@ class SequenceSource(ABC):
     def sequences(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> SequenceBatch:
         """Sequences from the starts (B, F): the factor `transformation` (B,) advances by one a frame, modulo its size.
 
-        The arguments are on the CPU, the batch is on the source's device.
+        Where transformations are combined all factors that transform advance. The arguments are on the CPU, the batch
+        is on the source's device.
         """
         step = F.one_hot(transformation, len(self.factors))[:, None]
+        if self.combined:
+            step = torch.tensor([[[int(factor.transforms) for factor in self.factors]]])
         time = torch.arange(self.sequence_length)[:, None]
         factors = ((starts[:, None] + time * step) % torch.tensor(self.sizes)).to(self.device)
         images = self.render(examples.to(self.device), factors)
@@ -129,7 +134,7 @@ class SequenceStream(Dataset[SequenceBatch]):
         epoch, step = divmod(i, self.steps_per_epoch)
         examples = self._examples_of(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         generator = _generator(self.seed, _BATCH, i)
-        choices = torch.tensor(self.source.transformations)
+        choices = torch.tensor(list(self.source.transformations))
         transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator)]
         starts = self.source.start_poses(examples, generator)
         return self.source.sequences(examples, starts, transformation)
@@ -153,6 +158,9 @@ def _generator(seed: int, purpose: int, index: int) -> torch.Generator:
 _MNIST_SCALES = (60, 64, 68, 72, 76, 79, 83, 87, 91, 95, 99, 103, 107, 111, 114, 118, 122, 126)
 
 
+_DEGREES = tuple(range(0, 360, 20))
+
+
 class MNISTSequences(SequenceSource):
     """MNIST digits in the red channel of 3x28x28 images, rotated, scaled and recoloured; an example is a digit.
 
@@ -167,18 +175,18 @@ class MNISTSequences(SequenceSource):
     image_shape = (3, 28, 28)
     sequence_length = 18
     factors = (
-        Factor("rotation", tuple(range(0, 360, 20))),
+        Factor("rotation", _DEGREES),
         Factor("scale", tuple(percent / 100 for percent in _MNIST_SCALES)),
-        Factor("hue", tuple(range(0, 360, 20))),
+        Factor("hue", _DEGREES),
     )
 
     def __init__(self, data_dir: str | Path, split: str, device: torch.device | str = "cpu", download: bool = False):
         self.device = torch.device(device)
         self.images = _mnist_images(Path(data_dir), split, download).to(self.device)  # (example, 28, 28) uint8
-        rotation, scale, hue = (factor.values for factor in self.factors)
-        angle = torch.tensor(rotation, dtype=torch.float64).deg2rad()
+        angle = torch.tensor(self.factors[0].values, dtype=torch.float64).deg2rad()
         self._cos, self._sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)
-        self._scale = torch.tensor(scale, device=self.device)
+        self._scale = torch.tensor(self.factors[1].values, device=self.device)
+        hue = self.factors[-1].values
         self._colour = torch.tensor([colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue], device=self.device)
 
     def __len__(self) -> int:
@@ -194,24 +202,69 @@ class MNISTSequences(SequenceSource):
         A pixel of the red image is (g, 0, 0): hue 0, full saturation, value g. Turning its hue by h gives the
         colour of hue h, full saturation and value g, which is g times the colour of value 1: a product.
         """
-        rotation, scale, hue = factors.unbind(-1)
-        grey = self._warp(self.images[examples] / 255, rotation, scale)
-        return grey[:, :, None] * self._colour[hue][..., None, None]
+        x, y = self._origins(*factors[..., :-1, None, None].unbind(2))
+        frames = _sample(self.images[examples] / 255, x, y)
+        return frames[:, :, None] * self._colour[factors[..., -1]][..., None, None]
 
-    def _warp(self, digits: Tensor, rotation: Tensor, scale: Tensor) -> Tensor:
-        """Digits (B, 28, 28) in the poses (B, S): (B, S, 28, 28)."""
-        batch, time = rotation.shape
-        height, width = digits.shape[1:]
-        # Where each output pixel comes from: the inverse rotation (y points down), about the centre, over the scale.
-        # Written out, because the matrix product in affine_grid would round by batch size, threads and TF32 settings.
-        x = ((torch.arange(width, device=self.device) + 0.5) * 2 / width - 1)[None, :]
-        y = ((torch.arange(height, device=self.device) + 0.5) * 2 / height - 1)[:, None]
-        cos = (self._cos[rotation] / self._scale[scale])[:, :, None, None]
-        sin = (self._sin[rotation] / self._scale[scale])[:, :, None, None]
-        grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)
-        # The frames of a sequence are sampled as one tall image, so that its digit need not be copied for each.
-        frames = F.grid_sample(digits[:, None], grid.flatten(1, 2), align_corners=False)
-        return frames.view(batch, time, height, width)
+    def _pixels(self) -> tuple[Tensor, Tensor]:
+        """Centres of the pixels of a frame, from -1 to 1: x (1, 28) to the right and y (28, 1) down."""
+        centres = (torch.arange(28, device=self.device) + 0.5) * 2 / 28 - 1
+        return centres[None, :], centres[:, None]
+
+    def _origins(self, rotation: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in the digit each pixel of a frame comes from, x and y (B, S, 28, 28), at poses (B, S, 1, 1)."""
+        # The inverse rotation (y points down), about the centre, over the scale. Written out, because the matrix
+        # product in affine_grid would round by batch size, threads and TF32 settings.
+        x, y = self._pixels()
+        cos, sin = self._cos[rotation] / self._scale[scale], self._sin[rotation] / self._scale[scale]
+        return cos * x - sin * y, sin * x + cos * y
+
+
+class MNISTRotationHueSequences(MNISTSequences):
+    """MNIST digits that turn and change colour in the same sequence (Fig. 1, B.4 and Fig. 18), at their own size.
+
+    Rotation and hue start anywhere, each by itself, and advance together. Otherwise as `MNISTSequences`.
+    """
+
+    name = "mnist-rotation-hue"
+    factors = (Factor("rotation", _DEGREES), Factor("scale", (1.0,), transforms=False), Factor("hue", _DEGREES))
+    combined = True
+
+
+class MNISTPerspectiveHueSequences(MNISTSequences):
+    """MNIST digits that turn in space and change colour in the same sequence (Fig. 19). Otherwise as `MNISTSequences`.
+
+    Factors: perspective and hue, in degrees, which advance together, and the one scale. At the angle a the digit has
+    turned by a clockwise in its plane, then by a about its vertical axis, seen by a camera at the distance
+    `d / (2 sin a)` for an image of diagonal d, as in the published code. (There the plane lies one pixel in front of
+    the axis, and the centre of rotation is half a pixel off.)
+    """
+
+    name = "mnist-perspective-hue"
+    factors = (Factor("perspective", _DEGREES), Factor("scale", (1.0,), transforms=False), Factor("hue", _DEGREES))
+    combined = True
+
+    def _origins(self, perspective: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in the digit each pixel of a frame comes from, x and y (B, S, 28, 28), at poses (B, S, 1, 1).
+
+        A point (a, b) of the digit, turned in its plane, is seen at `(cos · a, b) / (1 + near · a)` with
+        `near = sin² / √2`, the diagonal being 2√2 for pixels from -1 to 1; solved for (a, b), and turned back.
+        """
+        x, y = self._pixels()
+        cos, sin = self._cos[perspective], self._sin[perspective]
+        depth = cos - sin.square() / math.sqrt(2) * x  # of another sign than cos only for points outside of the digit
+        a, b = x / depth, y * cos / depth
+        return cos * a + sin * b, cos * b - sin * a
+
+
+_MNIST = {source.name: source for source in (MNISTSequences, MNISTRotationHueSequences, MNISTPerspectiveHueSequences)}
+
+
+def _sample(digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Frames (B, S, 28, 28): the digits (B, 28, 28) at the points x, y (B, S, 28, 28), bilinear, zeros outside."""
+    # The frames of a sequence are sampled as one tall image, so that its digit need not be copied for each.
+    grid = torch.stack((x, y), dim=-1).flatten(1, 2)
+    return F.grid_sample(digits[:, None], grid, align_corners=False).view(x.shape)
 
 
 def _mnist_images(data_dir: Path, split: str, download: bool) -> Tensor:
@@ -301,7 +354,7 @@ class DSpritesSequences(_SpriteSource):
 
     def __init__(self, data_dir: str | Path, device: torch.device | str = "cpu", download: bool = False):
         self.device = torch.device(device)
-        path = Path(data_dir) / _DSPRITES_URL.rpartition("/")[2]
+        path = self.file(data_dir)
         if not path.exists():
             if not download:
                 raise DataError(
@@ -312,6 +365,11 @@ class DSpritesSequences(_SpriteSource):
         every_other = range(0, 30, 2)
         kept = (range(3), range(1, 6), every_other, every_other, every_other)
         self._packed = torch.from_numpy(_read_dsprites(path, (3, 6, 40, 32, 32), kept)).to(self.device)
+
+    @staticmethod
+    def file(data_dir: str | Path) -> Path:
+        """Where the data is read from."""
+        return Path(data_dir) / _DSPRITES_URL.rpartition("/")[2]
 
     def render(self, examples: Tensor, factors: Tensor) -> Tensor:
         """Frames (B, S, 1, 64, 64), zeros and ones; the factors alone decide."""
@@ -382,7 +440,7 @@ def open_source(
     device: torch.device | str = "cpu",
     download: bool = False,
 ) -> SequenceSource:
-    """Source called "sprites" (needs no files), "mnist" or "dsprites", both read from data_dir; see their classes.
+    """Source of that name: "sprites" needs no files, the others are read from data_dir; see their classes.
 
     Raises ValueError for an unknown name or split, DataError for data that is missing or damaged.
     """
@@ -392,9 +450,9 @@ def open_source(
         return SpriteSequences(device)
     if data_dir is None:
         raise DataError(f"{name} is read from files: pass --data-dir with the folder that holds them")
-    if name == "mnist":
-        return MNISTSequences(data_dir, split, device, download)
-    return DSpritesSequences(data_dir, device, download)
+    if name == "dsprites":
+        return DSpritesSequences(data_dir, device, download)
+    return _MNIST[name](data_dir, split, device, download)
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,11 +1,20 @@
-"""Figures: capsule traversals as in Fig. 4 and appendix D of the paper."""
+"""Figures in the manner of the paper's: capsule traversals, CapCorr against L, covariance of squared activations.
+
+All are drawn at fixed sizes in inches, without colours of their own: lines differ in dashes and markers.
+"""
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,42 +23,161 @@ from .models import TVAE, VAE
 
 FIGURE_SEED = 7
 _GREYED = 0.25  # visibility of frames that t_0 does not see
+_FRAME, _LABELS, _TITLE, _MARGIN = 0.36, 1.0, 0.22, 0.08  # inches
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows of frames with a label each: what one sequence shows."""
+
+    title: str
+    labels: tuple[str, ...]
+    images: Float[Tensor, "row frame height width channel"]
+
+
+def traversals(model: VAE, source: SequenceSource, each: int = 1) -> Figure:
+    """Capsule traversals, `each` of every transformation of the source, in two columns where they are many."""
+    panels = traversal_panels(model, source, each)
+    middle = len(panels) if each == 1 else -(-len(panels) // 2)
+    return draw_panels([column for column in (panels[:middle], panels[middle:]) if column])
 
 
 @torch.no_grad()
-def traversals(model: VAE, source: SequenceSource) -> Figure:
-    """One block of three rows for every transformation of the source.
+def traversal_panels(model: VAE, source: SequenceSource, each: int = 1, title: str = "") -> list[Panel]:
+    """Panels of three rows (Fig. 4 and appendix D), `each` of every transformation of the source.
 
     Input sequence, with the frames outside the temporal window of t_0 greyed out; direct reconstruction of every frame
     from its own t_l; images decoded from Roll_l(t_0), which continue the transformation in an equivariant model.
     """
-    batch = _one_sequence_each(source)
+    batch = _some_of_each(source, each)
     model.eval()
     rows = (batch.images, model.reconstruct(batch.images), model.traverse(batch.images))
-    blocks = torch.stack(rows, dim=1).clamp(0, 1).movedim(3, -1).cpu()  # block, row, frame, height, width, channel
-    seen = frames_seen(model, source.sequence_length)
+    images = torch.stack(rows, dim=1).clamp(0, 1).movedim(3, -1).cpu()  # sequence, row, frame, height, width, channel
+    unseen = ~frames_seen(model, source.sequence_length)
+    images[:, 0, unseen] = 1 - _GREYED * (1 - images[:, 0, unseen])
+    labels = ("input", "reconstruction", "Roll$_l(t_0)$")
+    names = [title + source.transformations[kind] for kind in batch.transformation.tolist()]
+    return [Panel(name, labels, x) for name, x in zip(names, images, strict=True)]
 
-    steps = source.sequence_length
-    figure = Figure(figsize=(0.55 * steps + 1.2, 0.6 * 3 * len(blocks) + 0.25 * len(blocks)), layout="none")
-    grid = figure.add_gridspec(len(blocks), 1, left=0.11, right=0.995, top=0.97, bottom=0.01, hspace=0.16)
-    for block, images, kind in zip(grid, blocks, batch.transformation.tolist(), strict=True):
-        cells = block.subgridspec(3, steps, wspace=0.05, hspace=0.05)
-        for row, label in enumerate(("input", "reconstruction", "Roll$_l(t_0)$")):
-            for frame in range(steps):
-                axes = figure.add_subplot(cells[row, frame])
-                visible = row > 0 or seen[frame]
-                _show(axes, images[row, frame].numpy(), visible)
-                if row == 0 and frame == 0:
-                    axes.set_title(source.factors[kind].name, loc="left", fontsize=9, pad=2)
-                if frame == 0:
-                    axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+
+def draw_panels(columns: list[list[Panel]]) -> Figure:
+    """Columns of panels from top to bottom, every frame at the same size."""
+    heights = [sum(_TITLE + _FRAME * len(panel.images) for panel in column) for column in columns]
+    widths = [_LABELS + _FRAME * max(panel.images.shape[1] for panel in column) for column in columns]
+    width, height = sum(widths) + _MARGIN, max(heights) + _MARGIN
+    figure = Figure(figsize=(width, height))
+    for i, column in enumerate(columns):
+        left, top = sum(widths[:i]) + _LABELS, height
+        for panel in column:
+            rows, frames = panel.images.shape[:2]
+            top -= _TITLE + _FRAME * rows
+            box = (left / width, top / height, _FRAME * frames / width, _FRAME * rows / height)
+            axes = figure.add_axes(box)
+            axes.set_title(panel.title, loc="left", fontsize=8, pad=2)
+            image = mosaic(panel.images).numpy()
+            axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks((np.arange(rows) + 0.5) * len(image) / rows, panel.labels, fontsize=7)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG at twice the screen's resolution, replacing an older one."""
+def mosaic(images: Float[Tensor, "row frame height width channel"]) -> Float[Tensor, "y x channel"]:
+    """Rows of frames in one image, each with a white rim below and to its right, a sixteenth of its height wide."""
+    rim = max(1, images.shape[2] // 16)
+    padded = F.pad(images, (0, 0, 0, rim, 0, rim), value=1.0)
+    return padded.movedim(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of a line: mean and standard deviation (0 where not known) at every L, relative to the sequence."""
+
+    label: str
+    L: list[float]
+    mean: list[float]
+    std: list[float]
+
+
+_LINES = (("k", "-", "o"), ("k", "--", "s"), ("k", ":", "D"), ("0.6", "-", "^"), ("0.6", "--", "v"), ("0.6", ":", "x"))
+
+
+def capcorr_against_coherence(panels: dict[str, list[Series]], chance: float) -> Figure:
+    """Average CapCorr over all transformations against L (Fig. 5), six series or fewer a panel, beside chance."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, line in enumerate(series):
+            color, dashes, marker = _LINES[i]
+            style = {"color": color, "ls": dashes, "marker": marker, "ms": 4, "lw": 1.2, "capsize": 2}
+            axes.errorbar(line.L, line.mean, line.std, label=line.label, **style)
+        axes.axhline(chance, color="k", lw=0.6, ls=(0, (1, 4)), label="chance")
+        axes.set(xlabel="temporal coherence length L / S", ylim=(-0.05, 1.05))
+        axes.set_title(title, fontsize=8)
+        axes.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        _plain(axes)
+    figure.axes[0].set_ylabel("average CapCorr")
+    return figure
+
+
+@torch.no_grad()
+def squared_activation_correlation(model: VAE, batches: Iterable[SequenceBatch]) -> Float[Tensor, "C D C D"]:
+    """Covariance of t² between all pairs of activations of a frame, over the frames, as correlation coefficients.
+
+    Activations are drawn from the posterior; seed the noise before. NaN for an activation that never changes.
+    """
+    model.eval()
+    squares = torch.cat([model.encode(batch.images).square().flatten(0, 1).flatten(1).cpu() for batch in batches])
+    return torch.corrcoef(squares.double().T).view(*model.capsule_shape, *model.capsule_shape)
+
+
+def within_and_between(correlation: Float[Tensor, "C D C D"]) -> tuple[Tensor, Tensor]:
+    """Mean correlation of positions that lie 0 … D // 2 apart on their circle: in one capsule, and in two capsules."""
+    capsules, dim = correlation.shape[:2]
+    same, position = torch.eye(capsules, dtype=torch.bool), torch.arange(dim)
+    profiles = []
+    for distance in range(dim // 2 + 1):
+        # By symmetry of the matrix this is position - distance as well: (position, capsule, capsule).
+        pairs = correlation[:, position, :, (position + distance) % dim]
+        profiles.append((pairs[:, same].mean(), pairs[:, ~same].mean()))
+    within, between = (torch.stack(profile) for profile in zip(*profiles, strict=True))
+    return within, between
+
+
+def covariance(correlations: dict[str, Float[Tensor, "C D C D"]], capsules: int = 4) -> Figure:
+    """For every model, by title: the correlations of t² of its first capsules, and their mean against distance."""
+    figure = Figure(figsize=(2.6 * len(correlations), 4.6), layout="constrained")
+    matrices, curves = figure.subplots(2, len(correlations), height_ratios=(1.25, 1), squeeze=False)
+    for axes, (title, correlation) in zip(matrices, correlations.items(), strict=True):
+        dim = correlation.shape[1]
+        shown = correlation[:capsules, :, :capsules].flatten(2).flatten(0, 1).numpy()
+        image = axes.imshow(shown, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, fontsize=8)
+        axes.set_xticks((np.arange(capsules) + 0.5) * dim - 0.5, range(1, capsules + 1), fontsize=7)
+        axes.set_yticks((np.arange(capsules) + 0.5) * dim - 0.5, range(1, capsules + 1), fontsize=7)
+        axes.set_xlabel("capsule", fontsize=8)
+    matrices[0].set_ylabel("capsule", fontsize=8)
+    bar = figure.colorbar(image, ax=list(matrices), shrink=0.8)
+    bar.set_label("correlation of t²", size=8)
+    bar.ax.tick_params(labelsize=7)
+    for axes, correlation in zip(curves, correlations.values(), strict=True):
+        within, between = within_and_between(correlation)
+        axes.plot(within, "k-o", ms=3, lw=1.2, label="within a capsule")
+        axes.plot(between, "s--", color="0.45", ms=3, lw=1.2, label="between capsules")
+        axes.set(ylim=(-0.1, 1.05), xlabel="distance along the capsule")
+        _plain(axes)
+    curves[0].set_ylabel("mean correlation of t²", fontsize=8)
+    curves[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: Path, caption: str = "") -> None:
+    """Write a figure, under its caption, as PNG at twice the screen's resolution, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    width, height = figure.get_size_inches()
+    text = textwrap.fill(caption, int(20 * width))  # 7-point letters, of which 20 take less than an inch
+    figure.text(0, 1 + _MARGIN / height, text, fontsize=7, va="bottom")
+    figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=_MARGIN)
 
 
 def frames_seen(model: VAE, steps: int) -> Tensor:
@@ -65,18 +193,27 @@ def frames_seen(model: VAE, steps: int) -> Tensor:
     return seen
 
 
-def _one_sequence_each(source: SequenceSource) -> SequenceBatch:
-    """The first sequence of every transformation in a fixed, seeded batch."""
-    batch = SequenceStream(source, 64, FIGURE_SEED)[0]
-    first = torch.stack([(batch.transformation == kind).int().argmax() for kind in source.transformations])
-    return SequenceBatch(*(x[first] for x in batch))
+def _some_of_each(source: SequenceSource, each: int) -> SequenceBatch:
+    """The first sequences of every transformation in a fixed, seeded batch, with all shapes shown evenly.
+
+    A shape is what no sequence changes: the first factor, where it does not transform.
+    """
+    batch = SequenceStream(source, min(64, len(source)), FIGURE_SEED)[0]
+    shapes = [0] * len(batch.images) if source.factors[0].transforms else batch.factors[:, 0, 0].tolist()
+    chosen = []
+    for kind in source.transformations:
+        of_kind = (batch.transformation == kind).nonzero().flatten().tolist()
+        seen = Counter()
+        rounds = {}
+        for i in of_kind:
+            rounds[i] = seen[shapes[i]]
+            seen[shapes[i]] += 1
+        chosen += sorted(of_kind, key=lambda i: (rounds[i], i))[:each]
+    return SequenceBatch(*(x[chosen] for x in batch))
 
 
-def _show(axes, image: np.ndarray, visible: bool) -> None:
-    if not visible:
-        image = 1 - _GREYED * (1 - image)
-    axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def _plain(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.label.set_size(8)
+    axes.yaxis.label.set_size(8)

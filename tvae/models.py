@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn.utils.parametrizations import weight_norm
 
 from tvae_kernels import Neighborhood, TopographicLayer
 
@@ -85,6 +87,17 @@ class Gaussian(NamedTuple):
 LIKELIHOODS = {"bernoulli": Bernoulli, "gaussian": Gaussian}
 
 
+@torch.no_grad()
+def project(layer: nn.Linear) -> nn.Linear:
+    """Scale every row of a layer's weights to norm 1, in place: the projection of projected gradient descent."""
+    layer.weight.copy_(F.normalize(layer.weight, dim=1))
+    return layer
+
+
+# What becomes of a freshly initialised layer, by the constraint on the rows of its weights (appendix A.8).
+WEIGHTS = {"free": lambda layer: layer, "normalised": weight_norm, "projected": project}
+
+
 class VAE(nn.Module):
     """The baseline without topography: `t = z`, divided into capsules for the metrics alone.
 
@@ -96,18 +109,26 @@ class VAE(nn.Module):
         capsules: number of capsules C.
         capsule_dim: number of dimensions D of a capsule.
         likelihood: "bernoulli" (images in [0, 1]) or "gaussian" (unit variance).
+        weights: the rows of every layer's weights are "free", "normalised" (weight normalisation: `g · v / ||v||` with
+            trainable `g` and `v`, Eq. 15) or "projected" (norm 1, which `project_weights` restores after a step).
 
     Raises:
-        ValueError: the likelihood is unknown or a size is not positive.
+        ValueError: the likelihood or the kind of weights is unknown, or a size is not positive.
 
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], capsules: int, capsule_dim: int, likelihood: str = "bernoulli"
+        self,
+        image_shape: tuple[int, int, int],
+        capsules: int,
+        capsule_dim: int,
+        likelihood: str = "bernoulli",
+        weights: str = "free",
     ):
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}; got {likelihood!r}")
+        for name, value, choices in (("likelihood", likelihood, LIKELIHOODS), ("weights", weights, WEIGHTS)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if min(*image_shape, capsules, capsule_dim) < 1:
             raise ValueError(f"sizes must be positive, got image {image_shape}, {capsules} capsules of {capsule_dim}")
         self.settings = {
@@ -115,13 +136,14 @@ class VAE(nn.Module):
             "capsules": capsules,
             "capsule_dim": capsule_dim,
             "likelihood": likelihood,
+            "weights": weights,
         }
         self.image_shape = tuple(image_shape)
         self.capsule_shape = (capsules, capsule_dim)
         self.likelihood = LIKELIHOODS[likelihood]()
         pixels, n = math.prod(image_shape), capsules * capsule_dim
-        self.z_encoder = mlp(pixels, 3 * n, 2 * n, 2 * n)
-        self.decoder = mlp(n, 2 * n, 3 * n, pixels)
+        self.z_encoder = mlp(pixels, 3 * n, 2 * n, 2 * n, weights=weights)
+        self.decoder = mlp(n, 2 * n, 3 * n, pixels, weights=weights)
 
     def topography(self, z: Capsules, u: Capsules | None) -> Capsules:
         """The capsules `t` from their Gaussian variables; without topography `t = z`."""
@@ -190,10 +212,19 @@ class VAE(nn.Module):
         rolled = [t[:, frame].roll(l - frame, dims=-1) for l in range(x.shape[1])]
         return self.likelihood.mean(self.decode(torch.stack(rolled, dim=1)))
 
+    def project_weights(self) -> None:
+        """Scale the rows of "projected" weights back to norm 1; to be called after every step of the optimiser."""
+        if self.settings["weights"] == "projected":
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    project(layer)
+
     def save(self, path: str | Path) -> None:
-        """Write weights and settings into one safetensors file, which `load` reads without pickle."""
+        """Write weights and settings into one safetensors file, which `load` reads without pickle; at once or not."""
         metadata = {"model": json.dumps({"model": type(self).__name__.lower(), **self.settings}, default=asdict)}
-        save_file(self.state_dict(), path, metadata)
+        partial = Path(path).with_suffix(".partial")
+        save_file(self.state_dict(), partial, metadata)
+        os.replace(partial, path)
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
@@ -226,6 +257,7 @@ class TVAE(VAE):
         capsule_dim: number of dimensions D of a capsule.
         neighborhood: which `u²` share a denominator; a circular window must fit the sequences and capsules.
         likelihood: as in `VAE`.
+        weights: as in `VAE`.
         mu_init: initial value of the trainable scalar `mu`.
         backend: as in `tvae_kernels.topographic`.
 
@@ -241,14 +273,15 @@ class TVAE(VAE):
         capsule_dim: int,
         neighborhood: Neighborhood,
         likelihood: str = "bernoulli",
+        weights: str = "free",
         mu_init: float = 30.0,
         backend: str = "auto",
     ):
-        super().__init__(image_shape, capsules, capsule_dim, likelihood)
+        super().__init__(image_shape, capsules, capsule_dim, likelihood, weights)
         self.settings |= {"neighborhood": neighborhood, "mu_init": mu_init}
         neighborhood.check_fits(time=neighborhood.time_window, dim=capsule_dim)
         n = capsules * capsule_dim
-        self.u_encoder = mlp(math.prod(image_shape), 3 * n, 2 * n, 2 * n)
+        self.u_encoder = mlp(math.prod(image_shape), 3 * n, 2 * n, 2 * n, weights=weights)
         self.topographic = TopographicLayer(neighborhood, mu_init, backend=backend)
 
     def topography(self, z: Capsules, u: Capsules) -> Capsules:
@@ -283,7 +316,7 @@ def kl_from_prior(q: Normal) -> Frames:
     return kl_divergence(q, STANDARD_NORMAL).sum((-2, -1))
 
 
-def mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes: int, weights: str = "free") -> nn.Sequential:
     """Linear layers with ReLUs between them; `nn.Linear` initialises from U(±1/sqrt(fan-in)), as the paper does."""
-    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
+    layers = [WEIGHTS[weights](nn.Linear(inputs, outputs)) for inputs, outputs in itertools.pairwise(sizes)]
     return nn.Sequential(*[module for layer in layers for module in (layer, nn.ReLU())][:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from .data import SequenceSource, open_source
 from .models import MODELS, VAE
 
 CACHE = Path("~/.cache/tvae").expanduser()
+Data = Literal["sprites", "dsprites", "mnist", "mnist-rotation-hue", "mnist-perspective-hue"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class Config:
 
     """
 
-    data: Literal["sprites", "mnist", "dsprites"] = "sprites"
-    """Sequences to train on: our own sprites (no files needed), MNIST digits, or the real dSprites."""
+    data: Data = "sprites"
+    """Sequences to train on: our own sprites (no files needed), the real dSprites, or MNIST digits, of which one factor
+    of variation advances, or rotation and hue together, or perspective and hue together."""
+    evaluation_data: Data | None = None
+    """Sequences to evaluate on, where they are not of the kind of `data`."""
     data_dir: Path | None = None
     """Folder of local data files. Without it, mnist and dsprites are downloaded to ~/.cache/tvae once."""
     model: Literal["tvae", "bubblevae", "vae"] = "tvae"
@@ -38,6 +43,8 @@ class Config:
     """Dimensions D of a capsule; equal to the length of a sequence in the paper."""
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
     """Distribution of a pixel."""
+    weights: Literal["free", "normalised", "projected"] = "free"
+    """Rows of every layer's weights: free, weight normalisation, or norm 1 by projected gradient descent."""
     mu_init: float = 30.0
     """Initial value of mu in t = (z - mu) / sqrt(W u^2)."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -60,6 +67,8 @@ class Config:
     def __post_init__(self):
         if self.model == "vae" and self.neighborhood != Neighborhood():
             raise ValueError(f"a VAE has no topography, but the neighborhood is {self.neighborhood}")
+        if self.evaluation_data is not None and ("mnist" in self.evaluation_data) != ("mnist" in self.data):
+            raise ValueError(f"a model of {self.data} images cannot be evaluated on {self.evaluation_data}")
         for name in ("batch_size", "steps", "evaluation_sequences", "importance_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -69,22 +78,24 @@ class Config:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
     def open_source(self, split: Literal["train", "test"], device="cpu") -> SequenceSource:
-        """The sequences of one split.
+        """The sequences of one split; those of "test" are of the kind to evaluate on.
 
         Raises:
             DataError: the data is missing or damaged.
             ValueError: the time window does not fit the sequences.
 
         """
+        data = self.data if split == "train" else self.evaluation_data or self.data
         download = self.data_dir is None
-        source = open_source(self.data, split, CACHE / self.data if download else self.data_dir, device, download)
+        folder = CACHE / data.split("-")[0] if download else self.data_dir
+        source = open_source(data, split, folder, device, download)
         if self.model != "vae":
             self.neighborhood.check_fits(time=source.sequence_length, dim=self.capsule_dim)
         return source
 
     def build_model(self, image_shape: tuple[int, int, int]) -> VAE:
         """A freshly initialised model for images of `(channel, height, width)`."""
-        settings = {"likelihood": self.likelihood}
+        settings = {"likelihood": self.likelihood, "weights": self.weights}
         if self.model != "vae":
             settings |= {"neighborhood": self.neighborhood, "mu_init": self.mu_init}
         return MODELS[self.model](image_shape, self.capsules, self.capsule_dim, **settings)
@@ -113,36 +124,62 @@ class Config:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named configuration and what it is for."""
+    """A named configuration and what it is."""
 
     config: Config
     description: str
 
 
-def _paper_presets(base: Config, table: str, rows: tuple[tuple[str, str, int, int], ...]) -> dict[str, Preset]:
-    """One preset a row `(model, L, time window, capsule window)` of a table, named data-model-wW-kK."""
-    presets = {f"{base.data}-vae": Preset(replace(base, model="vae"), f"{table}: VAE")}
-    for model, label, time_window, capsule_window in rows:
-        shift = 0 if model == "BubbleVAE" else 1
-        neighborhood = Neighborhood(time_window, capsule_window, shift)
-        name = f"{base.data}-{model.lower()}-w{time_window}-k{capsule_window}"
-        presets[name] = Preset(
-            replace(base, model=model.lower(), neighborhood=neighborhood), f"{table}: {model}, L = {label}"
-        )
-    return presets
+def describe(config: Config) -> str:
+    """The model in the paper's terms, as "TVAE, L=5/36, K=3": see `coherence_length`."""
+    parts = [MODELS[config.model].__name__]
+    if config.model != "vae":
+        parts += [f"L={coherence_length(config)}", f"K={config.neighborhood.capsule_window}"]
+    return ", ".join(parts)
 
 
+def coherence_length(config: Config) -> Fraction:
+    """The paper's L, half of the time window, relative to the length of the sequences (which is D in its models)."""
+    window = config.neighborhood.time_window
+    return Fraction(window if window > 1 else 0, 2 * config.capsule_dim)
+
+
+def _named(name: str, base: Config) -> Config:
+    """The configuration that a name says: DATA-MODEL[-wW-kK][-OPTION], as "mnist-tvae-w18-k3-normalised".
+
+    W is the time window, K the capsule window; all else is the base's.
+    """
+    model, *rest = name.removeprefix(f"{base.data}-").split("-")
+    options = _OPTIONS[rest.pop()] if rest and rest[-1] in _OPTIONS else {}
+    if model != "vae":
+        time_window, capsule_window = (int(part[1:]) for part in rest)
+        options = options | {
+            "neighborhood": Neighborhood(time_window, capsule_window, shift=0 if model == "bubblevae" else 1)
+        }
+    return replace(base, model=model, **options)
+
+
+_OPTIONS = {
+    "normalised": {"weights": "normalised"},
+    "projected": {"weights": "projected"},
+    "generalisation": {"evaluation_data": "mnist-rotation-hue"},
+}
 _MNIST = Config(data="mnist", capsules=18, capsule_dim=18, steps=600_000)  # 100 epochs of 48,000 / 8 batches
 _SPRITES = Config(data="sprites", capsules=15, capsule_dim=15, steps=632_800)  # 100 epochs of 50,625 // 8 batches
 
-_MNIST_ROWS = (("TVAE", "1/2", 18, 3), ("TVAE", "5/36", 5, 3), ("TVAE", "0", 1, 9), ("BubbleVAE", "5/36", 5, 5))
-_SPRITES_ROWS = (
-    ("TVAE", "1/2", 15, 1),
-    ("TVAE", "1/3", 10, 1),
-    ("TVAE", "1/6", 5, 1),
-    ("TVAE", "0", 1, 10),
-    ("BubbleVAE", "1/3", 10, 10),
-)
+_MNIST_MODELS = """
+    tvae-w18-k3 tvae-w13-k3 tvae-w5-k3 tvae-w1-k9 bubblevae-w5-k5 bubblevae-w5-k3 vae
+    tvae-w18-k3-normalised tvae-w13-k3-normalised tvae-w9-k3-normalised tvae-w5-k3-normalised tvae-w1-k9-normalised
+    bubblevae-w18-k18-normalised bubblevae-w9-k9-normalised bubblevae-w5-k5-normalised bubblevae-w5-k3-normalised
+    tvae-w5-k3-projected vae-projected vae-normalised
+    tvae-w13-k3-generalisation
+"""
+_SPRITES_MODELS = """
+    tvae-w15-k1 tvae-w10-k1 tvae-w5-k1 tvae-w1-k10 bubblevae-w10-k10 vae
+    tvae-w15-k1-normalised tvae-w12-k1-normalised tvae-w10-k1-normalised tvae-w8-k1-normalised tvae-w5-k1-normalised
+    tvae-w1-k10-normalised bubblevae-w15-k15-normalised bubblevae-w12-k12-normalised bubblevae-w10-k10-normalised
+    bubblevae-w8-k8-normalised bubblevae-w5-k5-normalised
+"""
 
 PRESETS: dict[str, Preset] = {
     "quickstart": Preset(
@@ -154,10 +191,16 @@ PRESETS: dict[str, Preset] = {
             steps=1400,
             evaluation_sequences=200,
         ),
-        "A TVAE on sprites in two minutes on two CPU cores",
-    ),
-    **_paper_presets(_MNIST, "Table 1", _MNIST_ROWS),
-    **_paper_presets(_SPRITES, "Table 2 on sprites", _SPRITES_ROWS),
-    **_paper_presets(replace(_SPRITES, data="dsprites"), "Table 2", _SPRITES_ROWS),
+        "TVAE, L=1/3, K=1; Adam",
+    )
 }
+for _base, _models in (
+    (_MNIST, _MNIST_MODELS),
+    (replace(_MNIST, data="mnist-rotation-hue"), "tvae-w13-k3"),
+    (replace(_MNIST, data="mnist-perspective-hue"), "tvae-w13-k3"),
+    (_SPRITES, _SPRITES_MODELS),
+    (replace(_SPRITES, data="dsprites"), _SPRITES_MODELS),
+):
+    for _name in (f"{_base.data}-{_model}" for _model in _models.split()):
+        PRESETS[_name] = Preset(_named(_name, _base), describe(_named(_name, _base)))
 DEFAULT_PRESET = "quickstart"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,13 +52,16 @@ class Run:
             RunError: the directory exists; nothing is changed.
 
         """
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
             raise RunError(
                 f"{path} exists already: continue it with `tvae train --resume {path}`, or choose another --run-dir"
-            ) from None
-        (path / "config.json").write_text(config.to_json())
+            )
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
+            new = Path(partial) / path.name
+            new.mkdir()
+            (new / "config.json").write_text(config.to_json())
+            new.rename(path)
         return cls(path, config)
 
     @classmethod
@@ -149,20 +153,26 @@ class MetricsLog:
         if self._path.exists():
             with self._path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self._path.unlink(missing_ok=True)
+        kept = self._path.with_suffix(".partial")
+        kept.unlink(missing_ok=True)
         for row in rows:
-            self._write(row)
+            self._write(row, kept)
+        if rows:
+            os.replace(kept, self._path)
+        else:
+            self._path.unlink(missing_ok=True)
         self._tensorboard = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one row; every row has the same columns."""
-        self._write({"step": step, **values})
+        self._write({"step": step, **values}, self._path)
         for name, value in values.items():
             self._tensorboard.add_scalar(f"train/{name}", value, step)
 
-    def _write(self, row: dict) -> None:
-        is_new = not self._path.exists()
-        with self._path.open("a", newline="") as file:
+    @staticmethod
+    def _write(row: dict, path: Path) -> None:
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row.keys())
             if is_new:
                 writer.writeheader()

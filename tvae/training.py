@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
-from .data import SequenceStream
+from .data import SequenceSource, SequenceStream
 from .metrics import equivariance_error
-from .models import ELBO
+from .models import ELBO, VAE
 from .presets import Config
 from .run import MetricsLog, Run, RunError
 
@@ -25,7 +25,7 @@ LOG_EVERY = 25  # steps
 CHECKPOINT_EVERY = 500  # steps
 
 
-def train(run: Run, device: str = "auto") -> bool:
+def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
     """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
 
     Every step draws its sequences and its noise from generators seeded by (seed, step) alone. A resumed run therefore
@@ -34,6 +34,7 @@ def train(run: Run, device: str = "auto") -> bool:
     Args:
         run: a new or an interrupted run.
         device: "auto", "cpu" or "cuda".
+        show_progress: draw a progress bar.
 
     Returns:
         True when the run is finished and its model written, False when it was interrupted and its state saved.
@@ -46,8 +47,7 @@ def train(run: Run, device: str = "auto") -> bool:
     config = run.config
     fabric = Fabric(accelerator=device, devices=1)
     source = config.open_source("train", fabric.device)
-    torch.manual_seed(config.seed)
-    model = config.build_model(source.image_shape)
+    model = untrained_model(config, source)
     optimizer = build_optimizer(config, model)
     model, optimizer = fabric.setup(model, optimizer)
     first_step = run.load_checkpoint(model, optimizer)
@@ -58,7 +58,7 @@ def train(run: Run, device: str = "auto") -> bool:
     with (
         closing(MetricsLog(run, first_step)) as log,
         interruption() as interrupted,
-        progress_bar(config.steps, first_step) as show,
+        progress_bar(config.steps, first_step, show_progress) as show,
     ):
         for batch in batches:
             seed_noise(config.seed, done)
@@ -69,6 +69,7 @@ def train(run: Run, device: str = "auto") -> bool:
             optimizer.zero_grad()
             fabric.backward(loss)
             optimizer.step()
+            model.module.project_weights()
             done += 1
 
             if done % LOG_EVERY == 0 or done == config.steps:
@@ -83,6 +84,12 @@ def train(run: Run, device: str = "auto") -> bool:
         return False
     model.module.save(run.model_file)
     return True
+
+
+def untrained_model(config: Config, source: SequenceSource) -> VAE:
+    """The model on the CPU as training finds it: initialised from the seed of the configuration."""
+    torch.manual_seed(config.seed)
+    return config.build_model(source.image_shape)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
@@ -127,10 +134,10 @@ def interruption() -> Iterator:
 
 
 @contextmanager
-def progress_bar(steps: int, first_step: int) -> Iterator:
+def progress_bar(steps: int, first_step: int, visible: bool) -> Iterator:
     """A bar with loss, E_eq and steps/s, advanced by calling it with the number of steps done and their metrics."""
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn()) as progress:
+    with Progress(*columns, TimeRemainingColumn(), disable=not visible) as progress:
         task = progress.add_task("", total=steps, completed=first_step)
         start = time.perf_counter()
 
