@@ -27,6 +27,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
+POINTERS = TYPES | {"int32": "*i32"}
 HEADS = ["problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions", "loaded", "stored"]
 FLOOR = {"forward": (2, 1), "backward": (3, 2)}  # elements that must be read and written, an element
 
@@ -55,6 +56,14 @@ FORMS = (
     Form("long, r saved", (64, 1024, 16, 64), Neighborhood(64, 3)),
     Form("weighted", (8, 18, 18, 18), Neighborhood(18, 3), tuple(TYPES), weighted=True),
     Form("capsule cut", (8, 18, 18, 18), Neighborhood(5, 3, capsule_boundary="zero")),
+    Form("capsules padded", (8, 18, 18, 18), Neighborhood(5, 3, time_boundary="padded", capsule_boundary="padded")),
+    Form("shift of 1/2", (8, 18, 18, 9), Neighborhood(18, 3, 0.5), tuple(TYPES)),
+    Form("phase shift", (8, 18, 18, 9), Neighborhood(18, 3, 0.5, roll="fourier"), tuple(TYPES)),
+    Form("speeds", (8, 18, 18, 18), Neighborhood(18, 3, speeds=tuple(range(1, 19)))),
+    Form("torus", (128, 1, 1, 324), Neighborhood(1, 5, axes=(18, 18)), tuple(TYPES)),
+    Form("torus, 3 axes", (8, 18, 8, 125), Neighborhood(18, 3, axes=(5, 5, 5))),
+    Form("2 roots", (8, 18, 18, 36), Neighborhood(18, 3, axes=(6, 6), roots="each axis"), tuple(TYPES)),
+    Form("3 roots, weighted", (8, 18, 8, 125), Neighborhood(5, 3, axes=(5, 5, 5), roots="each axis"), weighted=True),
     # Triton compiles arguments that are 1 as constants, so that axes of one element are another program.
     Form("one element", (1, 1, 1, 1), Neighborhood(), targets=("sm_90",)),
     Form("rare, cut", (2, 7, 1, 63), Neighborhood(4, 2, -2, True, "zero", "zero"), targets=("sm_90",)),
@@ -68,7 +77,7 @@ class Kernel:
 
     form: str
     shape: tuple[int, int, int, int]
-    window: tuple[int, int]
+    window: tuple[int, int | tuple[int, ...]]
     type: str
     target: str
     direction: str  # "forward" or "backward"
@@ -149,13 +158,13 @@ def _call(kernels, task: _Task) -> None:
     """One direction of the operation on tensors without memory."""
     form = task.form
     x = torch.empty(form.shape, dtype=getattr(torch, task.type), device="meta")
+    u = x.new_empty(form.neighborhood.shape_of_u(form.shape))
     accumulator = kernels.compute_dtype(x.dtype)
     mu = torch.empty((), dtype=accumulator, device="meta")
-    windows = (form.neighborhood.time_window, form.neighborhood.capsule_window)
-    weights = torch.empty(windows, dtype=accumulator, device="meta") if form.weighted else None
-    _, r = kernels.forward(x, x, mu, weights, form.neighborhood, 1e-6, True)
+    weights = torch.empty(form.neighborhood.weights_shape, dtype=accumulator, device="meta") if form.weighted else None
+    _, r = kernels.forward(x, u, mu, weights, form.neighborhood, 1e-6, True)
     if task.direction == "backward":
-        kernels.backward(x, x, x, mu, weights, r, form.neighborhood, 1e-6)
+        kernels.backward(x, x, u, mu, weights, r, form.neighborhood, 1e-6)
 
 
 def _compile(kernel, arguments: dict, target: tuple):
@@ -167,7 +176,7 @@ def _compile(kernel, arguments: dict, target: tuple):
     for position, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[str(value.dtype).removeprefix("torch.")]
+            signature[name] = POINTERS[str(value.dtype).removeprefix("torch.")]
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif kernel.params[position].is_constexpr or value is None or value == 1:
             signature[name], constants[name] = "constexpr", value
@@ -202,8 +211,10 @@ def _amd(compiled) -> dict:
 
 def _traffic(compiled, kernel, arguments: dict, task: _Task) -> dict:
     """Counted in the machine code of NVIDIA's kernels without loops; lanes that hold nothing load nothing."""
+    from tvae_kernels.kernels_plain import Plan
+
     nothing = {"instructions": None, "halo": None, "loaded": None, "stored": None}
-    if "cubin" not in compiled.asm or "P" not in arguments:
+    if "cubin" not in compiled.asm or not isinstance(arguments["P"], Plan):
         return nothing
     plan = arguments["P"]
     held, answered = _frames(plan, kernel, task)

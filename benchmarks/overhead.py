@@ -51,11 +51,12 @@ def measure(samples: int) -> dict[str, list[float]]:
         def nothing(z, u, mu):
             return Nothing.apply(z, u, mu)
 
+        operator = operators.OPERATORS["triton"]
         ways = {
             "a Function that does nothing, forward": lambda: problem.forward(nothing),
             "a Function that does nothing, forward and backward": lambda: problem.both(nothing),
             "kernels.forward, direct": lambda: kernels.forward(z, u, mu, None, n, eps, True),
-            "kernels.forward as an operator": lambda: operators.forward(z, u, mu, None, n, eps, True),
+            "kernels.forward as an operator": lambda: operator.forward(z, u, mu, None, n, eps, True),
             "topographic, forward": lambda: problem.forward(call),
             "topographic, forward and backward": lambda: problem.both(call),
         }

@@ -96,18 +96,21 @@ def test_operators_keep_their_promises(triton, neighborhood, weighted, save_r):
     z, u, dt = (normal(*shape, seed=s).float() for s in (1, 2, 3))
     weights = normal(3, 2, seed=4).abs().float() if weighted else None
     mu = torch.tensor(0.3)
-    fields = operators._fields(neighborhood, shape[3])
-    torch.library.opcheck(operators._forward, (z, u, mu, weights, *fields, 1e-6, save_r))
-    r = operators._forward(z, u, mu, weights, *fields, 1e-6, True)[1]
-    torch.library.opcheck(operators._backward, (dt, z, u, mu, weights, r, *fields, 1e-6))
+    text = neighborhood.text
+    torch.library.opcheck(operators._forward, ("triton", z, u, mu, weights, text, 1e-6, save_r))
+    r = operators._forward("triton", z, u, mu, weights, text, 1e-6, True)[1]
+    torch.library.opcheck(operators._backward, ("triton", dt, z, u, mu, weights, r, text, 1e-6))
 
 
-def test_any_integer_is_a_shift_of_an_operator():
-    for shift in (10**30, -(10**30), 7, -8):
-        for boundary in ("circular", "zero"):
-            n = Neighborhood(3, 2, shift, capsule_boundary=boundary)
-            kept = operators._fields(n, 7)[2]
-            assert kept == (shift % 7 if boundary == "circular" else max(-9, min(9, shift)))
+@pytest.mark.parametrize(
+    "neighborhood",
+    [
+        Neighborhood(3, 2, 10**30, capsule_boundary="zero"),
+        Neighborhood(3, (2, 1), (0.1, -1), axes=(2, 3), roots="each axis", speeds=(1, 1 / 3)),
+    ],
+)
+def test_a_neighborhood_survives_being_written_as_text(neighborhood):
+    assert operators._read(neighborhood.text) == neighborhood
 
 
 def functions(backend):

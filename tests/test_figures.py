@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tvae import TVAE, VAE
-from tvae.data import SequenceStream, SpriteSequences
+from tvae.data import SequenceBatch, SequenceStream, SpriteSequences, open_source
 from tvae.figures import (
     Panel,
     Series,
@@ -15,6 +15,8 @@ from tvae.figures import (
     draw_panels,
     frames_seen,
     squared_activation_correlation,
+    torus_map,
+    traversal_panels,
     traversals,
     within_and_between,
 )
@@ -130,3 +132,37 @@ def test_capcorr_figure_draws_every_series_and_chance():
     assert len(styles) == 2
     with pytest.raises(IndexError):
         capcorr_against_coherence({"ours": series * 4}, chance=0.25)  # rather than draw two alike, or leave one out
+
+
+def test_the_torus_shows_the_image_that_activates_each_variable_most():
+    """Of two images, of which each activates half of the variables more."""
+    model = TVAE((1, 2, 2), 1, 6, Neighborhood(axes=(2, 3)))
+    images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 2, 2)
+    activations = {0.25: [1.0, 1, 1, 0, 0, 0], 0.75: [0.0, 0, 0, 1, 1, 1]}
+    model.encode = lambda x, sample: torch.tensor([[[activations[float(i[0, 0, 0, 0])]]] for i in x])
+    batches = [SequenceBatch(image[None], torch.zeros(1, 1, 1), torch.zeros(1)) for image in images]
+    for order in (batches, batches[::-1], [SequenceBatch(images, torch.zeros(2, 1, 1), torch.zeros(2))]):
+        (shown,) = torus_map(model, order).axes[0].get_images()
+        tiles = shown.get_array()
+        assert tiles.shape == (6, 9)  # 2 x 3 images of 2 x 2 pixels with rims
+        assert (tiles[:2, [0, 1, 3, 4, 6, 7]] == 0.25).all()
+        assert (tiles[3:5, [0, 1, 3, 4, 6, 7]] == 0.75).all()
+
+
+def test_a_torus_needs_still_images_and_two_axes():
+    still = SequenceBatch(torch.rand(1, 1, 1, 2, 2), torch.zeros(1, 1, 1), torch.zeros(1))
+    moving = SequenceBatch(torch.rand(1, 3, 1, 2, 2), torch.zeros(1, 3, 1), torch.zeros(1))
+    with pytest.raises(ValueError, match="of a single capsule of two axes, got 2 of Neighborhood"):
+        torus_map(TVAE((1, 2, 2), 2, 6, Neighborhood(axes=(2, 3))), [still])
+    with pytest.raises(ValueError, match="of still images, got sequences of 3 frames"):
+        torus_map(TVAE((1, 2, 2), 1, 6, Neighborhood(axes=(2, 3))), [moving])
+
+
+def test_capsules_with_a_root_for_each_axis_are_rolled_along_each():
+    model = TVAE((1, 64, 64), 1, 6, Neighborhood(2, 1, axes=(2, 3), roots="each axis"))
+    panels = traversal_panels(model, open_source("sprites-shifts", "test"))
+    assert [panel.title for panel in panels] == ["x", "y"]
+    for panel in panels:
+        assert panel.labels[2:] == ("Roll$_l(t_0)$, axis 0", "Roll$_l(t_0)$, axis 1")
+        assert panel.images.shape == (4, 15, 64, 64, 1)
+        assert not torch.equal(panel.images[2], panel.images[3])

@@ -38,12 +38,12 @@ def ones(*shape, dtype=torch.float32):
         (
             {"u": ones(2, 4, 2, 1)},
             ValueError,
-            "z and u must have one shape (batch, time, capsule, dim), got (2, 4, 2, 3) and (2, 4, 2, 1)",
+            "for z of shape (2, 4, 2, 3) u must have the shape (2, 4, 2, 3), got (2, 4, 2, 1)",
         ),
         (
             {"z": ones(4, 6), "u": ones(4, 6)},
             ValueError,
-            "z and u must have one shape (batch, time, capsule, dim), got (4, 6) and (4, 6)",
+            "z and u must be (batch, time, capsule, dim), got (4, 6) and (4, 6)",
         ),
         ({"mu": ones(2)}, ValueError, "mu must broadcast to (capsule, dim) = (2, 3), got (2,)"),
         ({"mu": ones(3, 1)}, ValueError, "mu must broadcast to (capsule, dim) = (2, 3), got (3, 1)"),
@@ -51,12 +51,12 @@ def ones(*shape, dtype=torch.float32):
         (
             {"weights": ones(3, 2)},
             ValueError,
-            "weights must have the shape (time_window, capsule_window) = (2, 3), got (3, 2)",
+            "weights must have the shape (2, 3), or for each capsule its own (2, 2, 3); got (3, 2)",
         ),
         (
             {"weights": ones(6)},
             ValueError,
-            "weights must have the shape (time_window, capsule_window) = (2, 3), got (6,)",
+            "weights must have the shape (2, 3), or for each capsule its own (2, 2, 3); got (6,)",
         ),
         ({"neighborhood": (2, 3)}, TypeError, "neighborhood must be a Neighborhood, got tuple"),
         ({"neighborhood": Neighborhood(5)}, ValueError, "a circular time_window of 5 does not fit 4 time steps"),

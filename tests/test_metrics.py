@@ -17,6 +17,7 @@ from tvae.metrics import (
     roll_since_canonical,
 )
 from tvae.models import ELBO, Bernoulli, Gaussian
+from tvae_kernels import Neighborhood, roll_capsules
 
 
 def rolling(t0, steps, speed=1):
@@ -172,3 +173,27 @@ def test_best_single_image_is_the_likelihood_of_the_mean_image(likelihood):
     metric.update(images[1:])
     assert metric.compute() == pytest.approx(expected.item())
     assert math.isfinite(metric.compute())
+
+
+# --- other topographies -----------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "half a position": (Neighborhood(shift=0.5, roll="fourier"), 5, 10),
+    "backwards": (Neighborhood(shift=-2), 5, 5),
+    "speeds": (Neighborhood(speeds=(1, 2, -1)), 5, 5),
+    "either axis": (Neighborhood(axes=(3, 5), roots="each axis"), 15, 15),
+}
+
+
+@pytest.mark.parametrize(("rolls", "dim", "steps"), OTHERS.values(), ids=OTHERS)
+def test_capsules_that_roll_by_their_topography_are_equivariant(rolls, dim, steps):
+    """E_eq is 0 and the observed roll is the frame's number, whatever a roll is; not if rolls are taken for others."""
+    first = torch.randn(4, 3, dim, dtype=torch.float64)
+    for axis in range(rolls.root_count) if rolls.root_count > 1 else (None,):
+        t = torch.stack([roll_capsules(first, l, rolls, axis) for l in range(steps)], 1)
+        assert equivariance_error(t, rolls).max() < 1e-10  # of some thousand differences of a few eps
+        assert equivariance_error(t).min() > 1
+        round_trip = 3 if axis == 0 else 5 if axis == 1 else steps
+        back = observed_roll(t[:, 0], t, rolls)
+        # frame l is the first rolled l times, which is the first rolled back round_trip - l times
+        assert torch.equal((-back) % round_trip, torch.arange(steps).expand(4, -1) % round_trip)

@@ -190,7 +190,7 @@ def test_samples_are_decoded_from_the_prior():
     torch.manual_seed(3)
     images = model.sample(4, time=9)
     torch.manual_seed(3)
-    z, u = torch.randn(2, 4, 9, 3, 6)
+    z, u = torch.randn(4, 9, 3, 6), torch.randn(4, 9, 3, 6)
     expected = torch.sigmoid(model.decode(topographic(z, u, model.topographic.mu, Neighborhood(4, 3))))
     torch.testing.assert_close(images, expected)
 
@@ -225,3 +225,65 @@ def test_wrong_sizes_and_names_are_refused(x):
         BubbleVAE(SHAPE, 3, 6, Neighborhood(3, 1))
     with pytest.raises(ValueError, match=r"x must be \(batch, time, 2, 5, 4\), got \(2, 7, 2, 5, 3\)"):
         VAE(SHAPE, 3, 6)(x[..., :3])
+
+
+# --- other topographies -----------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "torus": Neighborhood(1, (2, 3), axes=(2, 3)),
+    "a root for each axis": Neighborhood(3, 2, axes=(2, 3), roots="each axis"),
+    "half shift": Neighborhood(4, 3, 0.5),
+    "phase shift": Neighborhood(4, 3, 0.5, roll="fourier"),
+    "padded": Neighborhood(4, 3, time_boundary="padded", capsule_boundary="padded"),
+    "padded, causal": Neighborhood(4, 3, causal=True, time_boundary="padded", capsule_boundary="padded"),
+    "speeds": Neighborhood(4, 3, speeds=(1, 2, 0.5)),
+}
+others = pytest.mark.parametrize("neighborhood", OTHERS.values(), ids=OTHERS)
+
+
+@others
+@pytest.mark.parametrize("window", ["ones", "shared", "capsule"])
+def test_every_topography_makes_a_model_that_trains(x, neighborhood, window, tmp_path):
+    model = TVAE(SHAPE, 3, 6, neighborhood, mu_init=1.0, window=window)
+    elbo = model(x)
+    assert elbo.total.shape == (2, 7)
+    (-elbo.total.mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    model.save(tmp_path / "model.safetensors")
+    loaded = VAE.load(tmp_path / "model.safetensors")
+    assert loaded.topographic.neighborhood == neighborhood
+    assert torch.equal(loaded.reconstruct(x), model.reconstruct(x))
+    assert model.sample(2, 7).shape == model.traverse(x).shape == x.shape
+
+
+@others
+def test_the_kl_of_frames_beyond_the_ends_counts_at_the_ends(x, neighborhood):
+    model = TVAE(SHAPE, 3, 6, neighborhood)
+    qz, qu = model.posterior(x)
+    elbo = model(x)
+    torch.testing.assert_close(elbo.kl_u.sum(1), kl_from_prior(qu).sum(1))
+    torch.testing.assert_close(elbo.kl_u[:, 1:-1], kl_from_prior(qu)[:, model.frames_before + 1 :][:, :5])
+    torch.testing.assert_close(elbo.kl_z, kl_from_prior(qz))
+
+
+def test_padded_sequences_are_extended_by_repetition(x):
+    model = TVAE(SHAPE, 3, 6, OTHERS["padded"])
+    _, qu = model.posterior(x)
+    assert qu.mean.shape == (2, 1 + 7 + 2, 3, 6 + 2 + 3)  # taps -1 … 2 in time, -1 - 1 … 2 + 1 along the capsule
+    assert torch.equal(qu.mean[:, 0], qu.mean[:, 1])
+    assert torch.equal(qu.mean[:, -1], qu.mean[:, -3])
+    assert not torch.equal(qu.mean[:, 1], qu.mean[:, 2])
+
+
+def test_traversals_roll_along_the_topography(x):
+    model = TVAE(SHAPE, 3, 6, OTHERS["a root for each axis"])
+    t = model.encode(x, sample=False)
+    for axis in (0, 1):
+        rolled = t[:, 0].unflatten(-1, (2, 3)).roll(2, -2 + axis).flatten(-2)
+        expected = model.likelihood.mean(model.decode(rolled[:, None]))
+        torch.testing.assert_close(model.traverse(x, axis=axis)[:, 2], expected[:, 0])
+
+
+def test_an_unknown_kind_of_window_is_refused():
+    with pytest.raises(ValueError, match="window must be one of ones, shared, capsule; got 'free'"):
+        TVAE(SHAPE, 3, 6, Neighborhood(), window="free")

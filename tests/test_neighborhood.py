@@ -50,10 +50,18 @@ def test_is_frozen_and_survives_copies():
         ({"capsule_window": -3}, ValueError, "capsule_window must be at least 1, got -3"),
         ({"time_window": 2.0}, TypeError, "time_window must be an integer, got 2.0"),
         ({"capsule_window": True}, TypeError, "capsule_window must be an integer, got True"),
-        ({"shift": "1"}, TypeError, "shift must be an integer, got '1'"),
+        ({"shift": "1"}, TypeError, "shift must be a number, got '1'"),
         ({"causal": 1}, TypeError, "causal must be True or False, got 1"),
-        ({"time_boundary": "reflect"}, ValueError, 'time_boundary must be "circular" or "zero", got \'reflect\''),
-        ({"capsule_boundary": None}, ValueError, 'capsule_boundary must be "circular" or "zero", got None'),
+        (
+            {"time_boundary": "reflect"},
+            ValueError,
+            'time_boundary must be "circular" or "zero" or "padded", got \'reflect\'',
+        ),
+        (
+            {"capsule_boundary": None},
+            ValueError,
+            'capsule_boundary must be "circular" or "zero" or "padded", got None',
+        ),
     ],
 )
 def test_refuses_what_is_no_neighborhood(options, error, message):

@@ -245,12 +245,18 @@ def _report(run: Run, config: Config, device: torch.device) -> None:
 
 
 def _draw(run: Run, config: Config, device: torch.device) -> None:
-    """Draw the capsule traversals into the run and print the path."""
-    from . import figures
+    """Draw the capsule traversals, or the torus of a model of still images, into the run and print the path."""
+    from . import evaluation, figures
 
-    path = run.figures / "traversals.png"
-    figures.save(figures.traversals(run.load_model(device), config.open_source("test", device)), path)
-    console.print(f"capsule traversals: {path}", soft_wrap=True)
+    model, source = run.load_model(device), config.open_source("test", device)
+    if source.sequence_length == 1:
+        name, path = "most activating images", run.figures / "torus.png"
+        figure = figures.torus_map(model, evaluation.FixedSequences.of(source, len(source), config.batch_size).batches)
+    else:
+        name, path = "capsule traversals", run.figures / "traversals.png"
+        figure = figures.traversals(model, source)
+    figures.save(figure, path)
+    console.print(f"{name}: {path}", soft_wrap=True)
 
 
 def _with_data(config: Config, data_dir: Path | None) -> Config:

@@ -13,7 +13,7 @@ import urllib.request
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, ClassVar, NamedTuple
@@ -26,7 +26,15 @@ from torch.utils.data import Dataset
 
 from tvae import sprites
 
-SOURCES = ("sprites", "dsprites", "mnist", "mnist-rotation-hue", "mnist-perspective-hue")
+SOURCES = (
+    "sprites",
+    "sprites-shifts",
+    "dsprites",
+    "mnist",
+    "mnist-rotation-hue",
+    "mnist-perspective-hue",
+    "mnist-still",
+)
 SPLITS = ("train", "validation", "test")
 _SPLIT, _EPOCH, _BATCH = range(3)  # what a generator is for
 
@@ -257,7 +265,23 @@ class MNISTPerspectiveHueSequences(MNISTSequences):
         return cos * a + sin * b, cos * b - sin * a
 
 
-_MNIST = {source.name: source for source in (MNISTSequences, MNISTRotationHueSequences, MNISTPerspectiveHueSequences)}
+class MNISTDigits(MNISTSequences):
+    """MNIST digits as they are, 1x28x28: sequences of one frame, for models without time (section 6.2)."""
+
+    name = "mnist-still"
+    image_shape = (1, 28, 28)
+    sequence_length = 1
+    factors = (Factor("rotation", (0,)), Factor("scale", (1.0,)), Factor("hue", (0,)))
+
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Frames (B, 1, 1, 28, 28), whatever the factors, which have one value each."""
+        return (self.images[examples] / 255)[:, None, None]
+
+
+_MNIST = {
+    source.name: source
+    for source in (MNISTSequences, MNISTRotationHueSequences, MNISTPerspectiveHueSequences, MNISTDigits)
+}
 
 
 def _sample(digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -335,6 +359,14 @@ class SpriteSequences(_SpriteSource):
         return sprites.cut_frames(self._canvases, factors)[:, :, None].float()
 
 
+class SpriteShifts(SpriteSequences):
+    """Sprites that move along x or along y, in every scale and orientation: for capsules of two axes."""
+
+    name = "sprites-shifts"
+    factors = tuple(replace(factor, transforms=factor.name in ("x", "y")) for factor in _SpriteSource.factors)
+
+
+_SPRITES = {source.name: source for source in (SpriteSequences, SpriteShifts)}
 _DSPRITES_URL = (
     "https://github.com/google-deepmind/dsprites-dataset/raw/master/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 )
@@ -446,8 +478,8 @@ def open_source(
     """
     _check_choice("source", name, SOURCES)
     _check_choice("split", split, SPLITS)
-    if name == "sprites":
-        return SpriteSequences(device)
+    if name in _SPRITES:
+        return _SPRITES[name](device)
     if data_dir is None:
         raise DataError(f"{name} is read from files: pass --data-dir with the folder that holds them")
     if name == "dsprites":

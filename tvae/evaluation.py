@@ -43,7 +43,7 @@ class FixedSequences:
 
 @torch.no_grad()
 def evaluate(model: VAE, sequences: FixedSequences, samples: int) -> list[Row]:
-    """Measure ELBO terms, log p(x), E_eq and CapCorr.
+    """Measure ELBO terms and log p(x), and of sequences of more than one frame E_eq and CapCorr.
 
     The same model gives the same figures every time: the noise is seeded.
 
@@ -57,14 +57,15 @@ def evaluate(model: VAE, sequences: FixedSequences, samples: int) -> list[Row]:
 
     """
     source, device = sequences.source, sequences.source.device
+    moving = source.sequence_length > 1
     names = [source.transformations.get(index, factor.name) for index, factor in enumerate(source.factors)]
     terms, likelihood, error, correlation, constant = (
         metric.to(device)
         for metric in (
             ELBOTerms(),
             LogLikelihood(),
-            EquivarianceError(),
-            CapCorr(names),
+            EquivarianceError(model.rolls),
+            CapCorr(names, model.rolls),
             BestSingleImage(model.likelihood, source.image_shape),
         )
     )
@@ -74,23 +75,26 @@ def evaluate(model: VAE, sequences: FixedSequences, samples: int) -> list[Row]:
         for batch in sequences.batches:
             elbo = model(batch.images)
             terms.update(elbo)
-            error.update(elbo.t)
-            correlation.update(elbo.t, batch.factors, batch.transformation)
+            if moving:
+                error.update(elbo.t)
+                correlation.update(elbo.t, batch.factors, batch.transformation)
             likelihood.update(torch.stack(list(model.log_weights(batch.images, samples))))
             constant.update(batch.images)
     best_image = constant.compute()
     mean, log_p = terms.compute(), likelihood.compute()
-    correlations, random = correlation.compute(), correlation.chance()
-    return [
+    rows = [
         Row("ELBO", mean["elbo"], best_image, "nats/frame"),
         Row("log p(x|t)", mean["log_likelihood"], best_image, "nats/frame"),
         Row("KL z", mean["kl_z"], 0.0, "nats/frame"),
         Row("KL u", mean["kl_u"], 0.0, "nats/frame"),
         Row(f"log p(x), as published, {samples} samples", log_p["published"], best_image, "nats/frame"),
         Row(f"log p(x), bound, {samples} samples", log_p["bound"], best_image, "nats/frame"),
-        Row("E_eq", error.compute().item(), error.chance(), ""),
-        *(Row(f"CapCorr {name}", value, random[name], "") for name, value in correlations.items()),
     ]
+    if moving:
+        correlations, random = correlation.compute(), correlation.chance()
+        rows.append(Row("E_eq", error.compute().item(), error.chance(), ""))
+        rows += [Row(f"CapCorr {name}", value, random[name], "") for name, value in correlations.items()]
+    return rows
 
 
 def table(rows: list[Row], title: str) -> Table:

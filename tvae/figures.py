@@ -47,15 +47,19 @@ def traversal_panels(model: VAE, source: SequenceSource, each: int = 1, title: s
     """Panels of three rows (Fig. 4 and appendix D), `each` of every transformation of the source.
 
     Input sequence, with the frames outside the temporal window of t_0 greyed out; direct reconstruction of every frame
-    from its own t_l; images decoded from Roll_l(t_0), which continue the transformation in an equivariant model.
+    from its own t_l; images decoded from Roll_l(t_0), which continue the transformation in an equivariant model. One
+    such row for each axis of capsules that roll along one at a time.
     """
     batch = _some_of_each(source, each)
     model.eval()
-    rows = (batch.images, model.reconstruct(batch.images), model.traverse(batch.images))
+    axes = range(model.rolls.root_count) if model.rolls.root_count > 1 else (None,)
+    rolled = [model.traverse(batch.images, axis=axis) for axis in axes]
+    rows = (batch.images, model.reconstruct(batch.images), *rolled)
     images = torch.stack(rows, dim=1).clamp(0, 1).movedim(3, -1).cpu()  # sequence, row, frame, height, width, channel
     unseen = ~frames_seen(model, source.sequence_length)
     images[:, 0, unseen] = 1 - _GREYED * (1 - images[:, 0, unseen])
-    labels = ("input", "reconstruction", "Roll$_l(t_0)$")
+    labels = ("input", "reconstruction")
+    labels += tuple("Roll$_l(t_0)$" if axis is None else f"Roll$_l(t_0)$, axis {axis}" for axis in axes)
     names = [title + source.transformations[kind] for kind in batch.transformation.tolist()]
     return [Panel(name, labels, x) for name, x in zip(names, images, strict=True)]
 
@@ -168,6 +172,36 @@ def covariance(correlations: dict[str, Float[Tensor, "C D C D"]], capsules: int 
         _plain(axes)
     curves[0].set_ylabel("mean correlation of t²", fontsize=8)
     curves[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+@torch.no_grad()
+def torus_map(model: TVAE, batches: Iterable[SequenceBatch]) -> Figure:
+    """The image that activates each variable of a capsule of two axes most, on the flattened torus (Fig. 3).
+
+    Raises:
+        ValueError: the model has other capsules than one of two axes, or sequences of more than one frame.
+
+    """
+    rolls = model.rolls
+    if rolls.axes is None or len(rolls.axes) != 2 or model.capsule_shape[0] != 1:
+        raise ValueError(f"a torus is drawn of a single capsule of two axes, got {model.capsule_shape[0]} of {rolls}")
+    best, images = None, None
+    model.eval()
+    for batch in batches:
+        if batch.images.shape[1] != 1:
+            raise ValueError(f"a torus is drawn of still images, got sequences of {batch.images.shape[1]} frames")
+        t = model.encode(batch.images, sample=False)[:, 0, 0]  # (B, D)
+        values, which = t.max(0)
+        found = batch.images[which, 0].movedim(1, -1)  # (D, height, width, channel)
+        better = torch.ones_like(values, dtype=torch.bool) if best is None else values > best
+        best = values if best is None else torch.where(better, values, best)
+        images = found if images is None else torch.where(better[:, None, None, None], found, images)
+    rows, columns = rolls.axes
+    figure = Figure(figsize=(_FRAME * columns, _FRAME * rows))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.imshow(mosaic(images.cpu().unflatten(0, (rows, columns))).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     return figure
 
 

@@ -17,23 +17,35 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from tvae_kernels import Neighborhood, roll_capsules
+
 from .models import ELBO, Bernoulli, Capsules, Gaussian, Images
 
+PLAIN = Neighborhood()  # rolls by one position a frame
 
-def equivariance_error(t: Capsules) -> Float[Tensor, " batch"]:
+
+def equivariance_error(t: Capsules, rolls: Neighborhood = PLAIN) -> Float[Tensor, " batch"]:
     """`E_eq = Σ_{l < m} || Roll_{m-l}(t̂_l) - t̂_m ||₁` of every sequence (Eq. 13), summed over capsules.
 
-    `t̂` is each capsule divided by its Euclidean norm, as in the published code. Zero for capsules that roll by exactly
-    one position a frame.
+    `t̂` is each capsule divided by its Euclidean norm, as in the published code. Zero for capsules that roll as their
+    topography says. Where they may roll along one of several axes, the axis counts that gives a sequence less error.
 
     Args:
         t: `(batch, time, capsule, dim)`.
+        rolls: the topography, whose rolls `roll_capsules` makes; by default one position a frame.
 
     """
     t = F.normalize(t, dim=-1)
-    steps = t.shape[1]
-    pairs = (t[:, :-delta].roll(delta, dims=-1) - t[:, delta:] for delta in range(1, steps))
-    return sum((difference.abs().sum((1, 2, 3)) for difference in pairs), start=t.new_zeros(len(t)))
+    errors = []
+    for axis in _axes(rolls):
+        pairs = (roll_capsules(t[:, :-m], m, rolls, axis) - t[:, m:] for m in range(1, t.shape[1]))
+        errors.append(sum((difference.abs().sum((1, 2, 3)) for difference in pairs), start=t.new_zeros(len(t))))
+    return torch.stack(errors).amin(0)
+
+
+def _axes(rolls: Neighborhood) -> Sequence[int | None]:
+    """Along which axes capsules may roll one at a time; None stands for all together."""
+    return range(rolls.root_count) if rolls.root_count > 1 else (None,)
 
 
 class EquivarianceError(Metric):
@@ -42,8 +54,9 @@ class EquivarianceError(Metric):
     higher_is_better = False
     full_state_update = False
 
-    def __init__(self):
+    def __init__(self, rolls: Neighborhood = PLAIN):
         super().__init__()
+        self.rolls = rolls
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sequences", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.shape = None
@@ -51,7 +64,7 @@ class EquivarianceError(Metric):
     def update(self, t: Capsules) -> None:
         """Add the sequences of a batch of capsules."""
         self.shape = tuple(t.shape[1:])
-        self.total += equivariance_error(t).double().sum()
+        self.total += equivariance_error(t, self.rolls).double().sum()
         self.sequences += len(t)
 
     def compute(self) -> Tensor:
@@ -60,24 +73,42 @@ class EquivarianceError(Metric):
 
     def chance(self) -> float:
         """E_eq of iid Gaussian activations, measured on 64 seeded sequences."""
-        return equivariance_error(torch.randn(64, *self.shape, generator=_generator(0))).mean().item()
+        return equivariance_error(torch.randn(64, *self.shape, generator=_generator(0)), self.rolls).mean().item()
 
 
-def observed_roll(first: Float[Tensor, "batch capsule dim"], t: Capsules) -> Int[Tensor, "batch time"]:
-    """By how many positions `first` has to roll back to match each frame of `t` best (Eq. 14 and 16).
+def observed_roll(
+    first: Float[Tensor, "batch capsule dim"], t: Capsules, rolls: Neighborhood = PLAIN
+) -> Int[Tensor, "batch time"]:
+    """By how many time steps `first` has to roll back to match each frame of `t` best (Eq. 14, 16 and 20).
 
-    The position of the maximum of the periodic cross-correlation `Σ_d first[d + k] · t[d]`, the most frequent one (on a
-    tie the smallest) over the capsules.
+    The one with the largest product `Σ_d Roll_{-k}(first)[d] · t[d]`, the most frequent one (on a tie the smallest)
+    over the capsules. Candidates are the steps of one round: D of them for one position a step, D / α for α of one.
+    Where capsules may roll along one of several axes, the axis counts whose winner has the larger product.
     """
-    dim = first.shape[-1]
-    rolled_back = torch.stack([first.roll(-k, dims=-1) for k in range(dim)], dim=-2)
-    correlation = torch.einsum("bckd,bscd->bsck", rolled_back, t)
-    votes = F.one_hot(correlation.argmax(-1), dim).sum(-2)
-    return votes.argmax(-1)
+    best = []
+    for axis in _axes(rolls):
+        rolled_back = [roll_capsules(first, -k, rolls, axis) for k in range(_steps_of_a_round(rolls, axis, t))]
+        correlation = torch.einsum("bckd,bscd->bsck", torch.stack(rolled_back, dim=-2), t)
+        votes = F.one_hot(correlation.argmax(-1), len(rolled_back)).sum(-2).argmax(-1)
+        score = correlation.sum(2).gather(-1, votes[..., None]).squeeze(-1)
+        best.append((score, votes))
+    scores, votes = (torch.stack(x) for x in zip(*best, strict=True))
+    return votes.gather(0, scores.argmax(0, keepdim=True)).squeeze(0)
+
+
+def _steps_of_a_round(rolls: Neighborhood, axis: int | None, t: Capsules) -> int:
+    """Time steps until capsules are where they were; the length of the sequence if axes or capsules differ in that."""
+    if rolls.speeds is not None or (rolls.is_multidimensional and axis is None):
+        return t.shape[1]
+    shift, dim = (rolls.shift, t.shape[-1]) if axis is None else (rolls.shift[axis], rolls.axes[axis])
+    return dim // math.gcd(dim, shift) if isinstance(shift, int) else max(1, round(dim / abs(shift)))
 
 
 def roll_since_canonical(
-    t: Capsules, factors: Int[Tensor, "batch time factor"], transformation: Int[Tensor, " batch"]
+    t: Capsules,
+    factors: Int[Tensor, "batch time factor"],
+    transformation: Int[Tensor, " batch"],
+    rolls: Neighborhood = PLAIN,
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Observed and true roll between frame 0 and the frame where the transforming factor is at index 0.
 
@@ -93,8 +124,10 @@ def roll_since_canonical(
     if not canonical.any(1).all():
         raise ValueError("CapCorr needs sequences in which the transforming factor passes index 0")
     true = moving[:, 0]
-    observed = observed_roll(t[:, 0], t)
-    distance = (observed - true[:, None]).abs().masked_fill(~canonical, t.shape[-1] + moving.amax().item())
+    observed = observed_roll(t[:, 0], t, rolls)
+    distance = (
+        (observed - true[:, None]).abs().masked_fill(~canonical, observed.amax().item() + moving.amax().item() + 1)
+    )
     nearest = distance.argmin(1, keepdim=True)
     return observed.gather(1, nearest).squeeze(1), true
 
@@ -106,23 +139,24 @@ class CapCorr(Metric):
 
     Args:
         names: the names of the factors, in the order of the factor indices.
+        rolls: the topography, as in `equivariance_error`.
 
     """
 
     higher_is_better = True
     full_state_update = False
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], rolls: Neighborhood = PLAIN):
         super().__init__()
-        self.names = tuple(names)
+        self.names, self.rolls = tuple(names), rolls
         for state in ("observed", "random", "true", "transformation"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update(self, t: Capsules, factors: Tensor, transformation: Tensor) -> None:
         """Add the sequences of a batch: capsules and the truth about their factors."""
-        observed, true = roll_since_canonical(t, factors, transformation)
+        observed, true = roll_since_canonical(t, factors, transformation, self.rolls)
         noise = torch.randn(t.shape, generator=_generator(len(self.true))).to(t.device)
-        random, _ = roll_since_canonical(noise, factors, transformation)
+        random, _ = roll_since_canonical(noise, factors, transformation, self.rolls)
         for state, values in zip(
             (self.observed, self.random, self.true, self.transformation),
             (observed, random, true, transformation),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
 
-from tvae_kernels import Neighborhood, TopographicLayer
+from tvae_kernels import Neighborhood, TopographicLayer, roll_capsules
 
 Images = Float[Tensor, "batch time channel height width"]
 Capsules = Float[Tensor, "batch time capsule dim"]
@@ -142,6 +142,8 @@ class VAE(nn.Module):
         self.capsule_shape = (capsules, capsule_dim)
         self.likelihood = LIKELIHOODS[likelihood]()
         pixels, n = math.prod(image_shape), capsules * capsule_dim
+        self.rolls = Neighborhood()  # how capsules move: one position a frame, whatever a model without topography does
+        self.frames_before = 0  # frames of `u` before the first of `z`
         self.z_encoder = mlp(pixels, 3 * n, 2 * n, 2 * n, weights=weights)
         self.decoder = mlp(n, 2 * n, 3 * n, pixels, weights=weights)
 
@@ -151,12 +153,12 @@ class VAE(nn.Module):
 
     def posterior(self, x: Images) -> tuple[Normal, Normal | None]:
         """`q(z|x)` and `q(u|x)`, each of shape `(B, S, C, D)`; None for a model without `u`."""
-        return self._gaussian(self.z_encoder, x), None
+        return self._gaussian(self.z_encoder, x, self.capsule_shape), None
 
-    def _gaussian(self, encoder: nn.Module, x: Images) -> Normal:
+    def _gaussian(self, encoder: nn.Module, x: Images, shape: tuple[int, int]) -> Normal:
         if x.ndim != 5 or x.shape[2:] != self.image_shape:
             raise ValueError(f"x must be (batch, time, {', '.join(map(str, self.image_shape))}), got {tuple(x.shape)}")
-        mean, log_variance = encoder(x.flatten(2)).unflatten(-1, (2, *self.capsule_shape)).unbind(-3)
+        mean, log_variance = encoder(x.flatten(2)).unflatten(-1, (2, *shape)).unbind(-3)
         return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
 
     def encode(self, x: Images, sample: bool = True) -> Capsules:
@@ -179,15 +181,19 @@ class VAE(nn.Module):
         t = self.topography(qz.rsample(), None if qu is None else qu.rsample())
         log_likelihood = self.likelihood.log_prob(self.decode(t), x)
         kl_z = kl_from_prior(qz)
-        return ELBO(log_likelihood, kl_z, torch.zeros_like(kl_z) if qu is None else kl_from_prior(qu), t)
+        kl_u = torch.zeros_like(kl_z) if qu is None else kl_from_prior(qu)
+        return ELBO(log_likelihood, kl_z, folded(kl_u, x.shape[1], self.frames_before), t)
 
     def log_weights(self, x: Images, samples: int) -> Iterator[Frames]:
-        """`samples` draws of `log p(x|t) + log p(z) + log p(u) - log q(z|x) - log q(u|x)` of every frame, in nats."""
+        """`samples` draws of `log p(x|t) + log p(z) + log p(u) - log q(z|x) - log q(u|x)` of every frame, in nats.
+
+        What is before the first frame and after the last, where `u` is padded, counts with them.
+        """
         posteriors = [q for q in self.posterior(x) if q is not None]
         for _ in range(samples):
             latents = [q.rsample() for q in posteriors]
             ratio = sum(
-                (STANDARD_NORMAL.log_prob(s) - q.log_prob(s)).sum((-2, -1))
+                folded((STANDARD_NORMAL.log_prob(s) - q.log_prob(s)).sum((-2, -1)), x.shape[1], self.frames_before)
                 for s, q in zip(latents, posteriors, strict=True)
             )
             t = self.topography(*latents, *[None] * (2 - len(latents)))
@@ -199,17 +205,18 @@ class VAE(nn.Module):
 
     def sample(self, sequences: int, time: int) -> Images:
         """Images of `sequences` sequences of `time` frames from the prior, on the model's device."""
-        z, u = torch.randn(2, sequences, time, *self.capsule_shape, device=next(self.parameters()).device)
+        shape = (sequences, time, *self.capsule_shape)
+        z, u = (torch.randn(s, device=next(self.parameters()).device) for s in (shape, self.rolls.shape_of_u(shape)))
         return self.likelihood.mean(self.decode(self.topography(z, u)))
 
-    def traverse(self, x: Images, frame: int = 0) -> Images:
+    def traverse(self, x: Images, frame: int = 0, axis: int | None = None) -> Images:
         """Capsule traversal (section 6.1): the images of `Roll_{l - frame}(t_frame)` for every frame `l` of `x`.
 
         Only the frames inside the temporal window of `frame` are seen by the model; an equivariant one continues the
-        transformation through the others.
+        transformation through the others. Capsules with a root for each axis roll along one, or along all at once.
         """
         t = self.encode(x, sample=False)
-        rolled = [t[:, frame].roll(l - frame, dims=-1) for l in range(x.shape[1])]
+        rolled = [roll_capsules(t[:, frame], l - frame, self.rolls, axis) for l in range(x.shape[1])]
         return self.likelihood.mean(self.decode(torch.stack(rolled, dim=1)))
 
     def project_weights(self) -> None:
@@ -251,6 +258,9 @@ class VAE(nn.Module):
 class TVAE(VAE):
     """The Topographic VAE: `t = (z - mu) / sqrt(W u²)` with a second encoder for `u` (Eq. 10 and 11).
 
+    Where the neighbourhood pads time, sequences are extended at both ends by repetition for `u`, and where it pads the
+    capsules, the encoder of `u` has more outputs (appendix C.2).
+
     Args:
         image_shape: `(channel, height, width)` of a frame.
         capsules: number of capsules C.
@@ -259,10 +269,11 @@ class TVAE(VAE):
         likelihood: as in `VAE`.
         weights: as in `VAE`.
         mu_init: initial value of the trainable scalar `mu`.
+        window: the weights of the window are "ones", or learned: "shared" by all capsules or one window a "capsule".
         backend: as in `tvae_kernels.topographic`.
 
     Raises:
-        ValueError: as `VAE`, or the capsule window does not fit the capsules.
+        ValueError: as `VAE`, or the neighbourhood does not fit the capsules, or the kind of window is unknown.
 
     """
 
@@ -275,22 +286,39 @@ class TVAE(VAE):
         likelihood: str = "bernoulli",
         weights: str = "free",
         mu_init: float = 30.0,
+        window: str = "ones",
         backend: str = "auto",
     ):
         super().__init__(image_shape, capsules, capsule_dim, likelihood, weights)
-        self.settings |= {"neighborhood": neighborhood, "mu_init": mu_init}
-        neighborhood.check_fits(time=neighborhood.time_window, dim=capsule_dim)
+        if window not in WINDOWS:
+            raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
+        self.settings |= {"neighborhood": neighborhood, "mu_init": mu_init, "window": window}
+        neighborhood.check_fits(time=neighborhood.time_window, dim=capsule_dim, capsules=capsules)
+        self.rolls = neighborhood
+        (self.frames_before, self.frames_after), _ = neighborhood.padding()
+        self.u_shape = neighborhood.shape_of_u((1, 1, capsules, capsule_dim))[2:]
         n = capsules * capsule_dim
-        self.u_encoder = mlp(math.prod(image_shape), 3 * n, 2 * n, 2 * n, weights=weights)
-        self.topographic = TopographicLayer(neighborhood, mu_init, backend=backend)
+        self.u_encoder = mlp(math.prod(image_shape), 3 * n, 2 * n, 2 * math.prod(self.u_shape), weights=weights)
+        of_capsules = capsules if window == "capsule" else None
+        self.topographic = TopographicLayer(
+            neighborhood, mu_init, backend=backend, learn_weights=window != "ones", weights_for_capsules=of_capsules
+        )
 
     def topography(self, z: Capsules, u: Capsules) -> Capsules:
         """The topographic layer (Eq. 11)."""
         return self.topographic(z, u)
 
     def posterior(self, x: Images) -> tuple[Normal, Normal]:
-        """`q(z|x)` and `q(u|x)`, each of shape `(B, S, C, D)` (Eq. 10 and 11)."""
-        return self._gaussian(self.z_encoder, x), self._gaussian(self.u_encoder, x)
+        """`q(z|x)` of shape `(B, S, C, D)`, and `q(u|x)` of the same but where it is padded (Eq. 10 and 11)."""
+        extended = x
+        if self.frames_before or self.frames_after:
+            first = x[:, :1].expand(-1, self.frames_before, *x.shape[2:])
+            last = x[:, -1:].expand(-1, self.frames_after, *x.shape[2:])
+            extended = torch.cat((first, x, last), 1)
+        return (
+            self._gaussian(self.z_encoder, x, self.capsule_shape),
+            self._gaussian(self.u_encoder, extended, self.u_shape),
+        )
 
 
 class BubbleVAE(TVAE):
@@ -305,10 +333,22 @@ class BubbleVAE(TVAE):
         if neighborhood.shift != 0:
             raise ValueError(f"a BubbleVAE is stationary: its neighborhood needs shift 0, got {neighborhood.shift}")
         super().__init__(image_shape, capsules, capsule_dim, neighborhood, **settings)
+        self.rolls = Neighborhood()  # as the baselines are measured: its own topography never moves
 
 
+WINDOWS = ("ones", "shared", "capsule")
 MODELS = {"tvae": TVAE, "bubblevae": BubbleVAE, "vae": VAE}
 STANDARD_NORMAL = Normal(0.0, 1.0, validate_args=False)
+
+
+def folded(x: Tensor, steps: int, before: int) -> Frames:
+    """Values of frames that reach beyond the sequence at both ends, `(B, before + S + after)`, added to its ends."""
+    if x.shape[1] == steps:
+        return x
+    first, inside, last = x.split([before, steps, x.shape[1] - before - steps], 1)
+    return torch.cat((inside[:, :1] + first.sum(1, keepdim=True), inside[:, 1:]), 1) + F.pad(
+        last.sum(1, keepdim=True), (steps - 1, 0)
+    )
 
 
 def kl_from_prior(q: Normal) -> Frames:

@@ -141,6 +141,7 @@ EXHIBITS: dict[str, Exhibit] = {
     "table4": Exhibit("Table 4: all models on MNIST", _table(_MNIST, _TABLE_4)),
     "table5": Exhibit("Table 5: all models on dSprites", _table(_DSPRITES, _TABLE_5)),
     "fig1": Exhibit("Fig. 1: a capsule traversal of rotation and hue together", _figure(_TRAVERSALS["fig18"])),
+    "fig3": Exhibit("Fig. 3: the images that activate a torus of variables most", _figure("mnist-still-tvae-torus")),
     "fig4": Exhibit("Fig. 4: capsule traversals", _figure("sprites-tvae-w10-k1", "mnist-tvae-w13-k3")),
     "fig5": Exhibit("Fig. 5: average CapCorr against L", _table(_DSPRITES, _TABLE_5)),
     "figB4": Exhibit(

@@ -14,7 +14,9 @@ from .data import SequenceSource, open_source
 from .models import MODELS, VAE
 
 CACHE = Path("~/.cache/tvae").expanduser()
-Data = Literal["sprites", "dsprites", "mnist", "mnist-rotation-hue", "mnist-perspective-hue"]
+Data = Literal[
+    "sprites", "sprites-shifts", "dsprites", "mnist", "mnist-rotation-hue", "mnist-perspective-hue", "mnist-still"
+]
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Config:
     """
 
     data: Data = "sprites"
-    """Sequences to train on: our own sprites (no files needed), the real dSprites, or MNIST digits, of which one factor
-    of variation advances, or rotation and hue together, or perspective and hue together."""
+    """Sequences to train on: our own sprites (no files needed), of which one factor advances, or one of x and y; the
+    real dSprites; MNIST digits, of which one factor advances, or rotation and hue together, or perspective and hue
+    together; or still digits."""
     evaluation_data: Data | None = None
     """Sequences to evaluate on, where they are not of the kind of `data`."""
     data_dir: Path | None = None
@@ -45,6 +48,8 @@ class Config:
     """Distribution of a pixel."""
     weights: Literal["free", "normalised", "projected"] = "free"
     """Rows of every layer's weights: free, weight normalisation, or norm 1 by projected gradient descent."""
+    window: Literal["ones", "shared", "capsule"] = "ones"
+    """Weights of the neighbourhood's taps: all 1, or learned, one window for all capsules or one a capsule."""
     mu_init: float = 30.0
     """Initial value of mu in t = (z - mu) / sqrt(W u^2)."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -90,14 +95,14 @@ class Config:
         folder = CACHE / data.split("-")[0] if download else self.data_dir
         source = open_source(data, split, folder, device, download)
         if self.model != "vae":
-            self.neighborhood.check_fits(time=source.sequence_length, dim=self.capsule_dim)
+            self.neighborhood.check_fits(source.sequence_length, self.capsule_dim, self.capsules)
         return source
 
     def build_model(self, image_shape: tuple[int, int, int]) -> VAE:
         """A freshly initialised model for images of `(channel, height, width)`."""
         settings = {"likelihood": self.likelihood, "weights": self.weights}
         if self.model != "vae":
-            settings |= {"neighborhood": self.neighborhood, "mu_init": self.mu_init}
+            settings |= {"neighborhood": self.neighborhood, "mu_init": self.mu_init, "window": self.window}
         return MODELS[self.model](image_shape, self.capsules, self.capsule_dim, **settings)
 
     def to_json(self) -> str:
@@ -136,6 +141,45 @@ def describe(config: Config) -> str:
     if config.model != "vae":
         parts += [f"L={coherence_length(config)}", f"K={config.neighborhood.capsule_window}"]
     return ", ".join(parts)
+
+
+def _topographies() -> dict[str, Preset]:
+    """A model for every topography that the paper proposes beside those of its tables; all but the first with Adam."""
+    torus = replace(
+        _MNIST, data="mnist-still", capsules=1, capsule_dim=324, neighborhood=Neighborhood(1, 5, axes=(18, 18))
+    )
+    torus = replace(torus, mu_init=10.0, batch_size=128, steps=93_750)  # 250 epochs of 48,000 / 128 batches
+    adam = replace(_SPRITES, optimizer="adam", learning_rate=5e-4)
+    small = replace(adam, capsules=45, capsule_dim=5)
+    axes = replace(adam, data="sprites-shifts", capsules=2, capsule_dim=225)
+    padded = {"time_boundary": "padded", "capsule_boundary": "padded"}
+    third = 1 / 3  # 5 positions for 15 frames
+    models = {
+        "mnist-still-tvae-torus": (torus, "TVAE on a torus of 18 x 18, windows of 5 x 5 (section 6.2)"),
+        "sprites-shifts-tvae-axes": (
+            replace(axes, neighborhood=Neighborhood(10, 1, axes=(15, 15), roots="each axis")),
+            "TVAE, a root for each of two axes (Eq. 21)",
+        ),
+        "sprites-tvae-third": (replace(small, neighborhood=Neighborhood(10, 1, third)), "TVAE, shift 1/3 (Eq. 19)"),
+        "sprites-tvae-phase": (
+            replace(small, neighborhood=Neighborhood(10, 1, third, roll="fourier")),
+            "TVAE, shift 1/3 by phase (C.1)",
+        ),
+        "sprites-tvae-padded": (replace(adam, neighborhood=Neighborhood(9, 1, **padded)), "TVAE, not cyclic (C.2)"),
+        "sprites-tvae-causal": (
+            replace(adam, neighborhood=Neighborhood(9, 1, causal=True, **padded)),
+            "TVAE, causal, not cyclic (Eq. 22)",
+        ),
+        "sprites-tvae-speeds": (
+            replace(adam, neighborhood=Neighborhood(10, 1, speeds=(1,) * 8 + (2,) * 7)),
+            "TVAE, 8 capsules of speed 1, 7 of speed 2",
+        ),
+        "sprites-tvae-learned": (
+            replace(adam, neighborhood=Neighborhood(10, 3), window="capsule"),
+            "TVAE, a learned window for each capsule",
+        ),
+    }
+    return {name: Preset(*model) for name, model in models.items()}
 
 
 def coherence_length(config: Config) -> Fraction:
@@ -203,4 +247,5 @@ for _base, _models in (
 ):
     for _name in (f"{_base.data}-{_model}" for _model in _models.split()):
         PRESETS[_name] = Preset(_named(_name, _base), describe(_named(_name, _base)))
+PRESETS |= _topographies()
 DEFAULT_PRESET = "quickstart"

@@ -398,6 +398,8 @@ def draw(name: str, results: Results, jobs: list[Job], device: torch.device) -> 
     if name == "fig4":
         return figures.draw_panels([_panels(job, device, 1, f"{job.config.data}: ") for job in jobs])
     model, source = _model_and_source(jobs[0], device)
+    if name == "fig3":
+        return figures.torus_map(model, FixedSequences.of(source, len(source), jobs[0].config.batch_size).batches)
     return figures.traversals(model, source, each={"fig1": 1, "figB4": 6}.get(name, 12 // len(source.transformations)))
 
 

@@ -1,4 +1,4 @@
-"""The `torch` backend: the reference's numbers in few PyTorch operations, on any device.
+"""The `torch` backend: the reference's numbers in few PyTorch operations, on any device; here for plain windows.
 
 Along the taps of one window, the position moves by `shift` with each frame. Numbered by `e = d - shift·l` instead of d,
 it stands still: the window over time becomes a plain sum over W consecutive frames, which PyTorch adds up in registers
@@ -25,15 +25,13 @@ from .neighborhood import Neighborhood
 from .reference import compute_dtype
 
 
-def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, adjoint: bool = False) -> Tensor:
-    """`reference.window_sum`, faster: `(B, S, C, D)` to `(B, S, C, D)`, which may be `x` itself."""
+def window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool = False) -> Tensor:
+    """`reference.window_sum` without weights, faster: `(B, S, C, D)` to `(B, S, C, D)`, which may be `x` itself."""
     taps = neighborhood.time_window * neighborhood.capsule_window
-    if weights is None and taps == 1:
+    if taps == 1:
         return x
-    # One tap at a time: a weighted window, which does not separate into time and capsule, and a few taps, whose rolls
-    # cost less than to skew and unskew.
-    if weights is not None or taps <= 4:
-        return reference.window_sum(x, neighborhood, weights, adjoint)
+    if taps <= 4:  # whose rolls cost less than to skew and unskew
+        return reference.window_sum(x, neighborhood, adjoint=adjoint)
     # A compiler would skew anew for every tap. Exported programs take this with them: they run without this package.
     if torch.compiler.is_dynamo_compiling():
         return operators.window_sum(x, neighborhood, adjoint)
@@ -123,18 +121,18 @@ def _indices(
 
 
 def forward(
-    z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, u: Tensor, mu: Tensor, weights: None, neighborhood: Neighborhood, eps: float, save_r: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return `t` in the type of `z`, and `r = (v + eps)^(-1/2)` in the compute type, kept for the backward pass.
 
     Here `mu` is any tensor in the compute type that broadcasts to `(C, D)`.
     """
     dtype = compute_dtype(z.dtype)
-    r = window_sum(u.to(dtype).square(), neighborhood, weights).add_(eps).rsqrt_()
+    r = window_sum(u.to(dtype).square(), neighborhood).add_(eps).rsqrt_()
     t = (z.to(dtype) - mu) * r
     # Neither a conversion that converts nothing nor an operation in place may make `t`: traced by torch.compile (2.11)
     # as an output of an autograd.Function beside an output without a gradient, it silently makes the gradients zero.
-    return (t if t.dtype == z.dtype else t.to(z.dtype)), r
+    return (t if t.dtype == z.dtype else t.to(z.dtype)), (r if save_r else None)
 
 
 def backward(
@@ -142,10 +140,11 @@ def backward(
     z: Tensor,
     u: Tensor,
     mu: Tensor,
-    weights: Tensor | None,
+    weights: None,
     r: Tensor,
     neighborhood: Neighborhood,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, None]:
     """The formulas of `reference.topographic_backward`, from the saved `r`; `dmu` has the shape of `mu`."""
     dtype = compute_dtype(z.dtype)
     out, z, u = z.dtype, z.to(dtype), u.to(dtype)
@@ -155,6 +154,5 @@ def backward(
     def g() -> Tensor:  # twice the reference's: its factors -½ and 2 meet in du
         return (mu - z).mul_(dz).mul_(r).mul_(r)
 
-    dw = None if weights is None else reference.weight_gradient(g(), u.square(), neighborhood) / 2
-    du = window_sum(g(), neighborhood, weights, adjoint=True).mul_(u)  # g has no name: once skewed, its memory is free
-    return dz.to(out), du.to(out), dmu, dw
+    du = window_sum(g(), neighborhood, adjoint=True).mul_(u)  # g has no name: once skewed, its memory is free
+    return dz.to(out), du.to(out), dmu, None

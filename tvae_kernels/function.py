@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import fallback, operators, reference
+from . import fallback, fallback_taps, operators, reference
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
 
@@ -46,15 +46,18 @@ def topographic(
         )
         t = (z - mu) / torch.sqrt(v + eps)
 
-    with one pass over memory instead of one a tap. Sums are accumulated in float32, for float64 inputs in float64.
+    with one pass over memory instead of one a tap. With a root for each axis of the capsules, the denominator is the
+    sum of the roots over their window sums (Eq. 21). Sums are accumulated in float32, for float64 inputs in float64.
     Differentiable, any number of times, in `z`, `u`, `mu` and `weights`. Under autocast it runs in float32.
 
     Args:
         z: `(batch B, time S, capsule C, dim D)`, floating point.
-        u: the same shape; mixed types follow PyTorch's promotion.
+        u: the same shape, and where a boundary is padded longer, as `neighborhood.shape_of_u(z.shape)` says; mixed
+            types follow PyTorch's promotion.
         mu: a number, or a tensor that broadcasts to `(C, D)`.
         neighborhood: the taps `(i, k)`, the shift and the boundaries.
-        weights: `(W, K)`, non-negative (negative ones are not detected and may give NaN); None means ones.
+        weights: `(W, K)`, for other topographies `neighborhood.weights_shape`, or with a leading axis of C for each
+            capsule its own; non-negative (negative ones are not detected and may give NaN); None means ones.
         eps: added inside the square root; 0 is legal and then `t` is not finite where `v` is 0.
         backend: "auto" is Triton for GPU tensors and "torch" elsewhere, unless the environment variable
             TVAE_KERNELS_BACKEND names another; "triton", "torch" or "reference" ask for one.
@@ -69,7 +72,7 @@ def topographic(
 
     """
     _check_tensors(z, u, mu, weights)
-    _check_values(z, neighborhood, weights, eps)
+    _check_values(z, u, neighborhood, weights, eps)
     backend = resolve_backend(backend, z.device)
 
     dtype = torch.promote_types(z.dtype, u.dtype)
@@ -86,7 +89,8 @@ def topographic(
     weights = None if weights is None else _in_type(weights, compute_dtype(dtype)).contiguous()
     eps = float(eps)
 
-    if backend == "reference":
+    by_phase = neighborhood.roll == "fourier" and not neighborhood.is_plain
+    if backend == "reference" or (backend == "torch" and by_phase):  # whose FFTs PyTorch has as fast as can be
         return reference.topographic(z, u, mu, weights, neighborhood, eps)
     # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
     apply = TopographicFunction.apply if _transformed() else _apply
@@ -106,19 +110,17 @@ def _transformed() -> bool:
 class TopographicFunction(torch.autograd.Function):
     """The operation with its hand-written gradient, on checked and promoted inputs; call `topographic`.
 
-    Inputs are `z` and `u` of shape `(B, S, C, D)` and one type, `mu` that broadcasts to `(C, D)` and `weights` of shape
-    `(W, K)` or None in the compute type, then the neighbourhood, `eps`, the backend, "triton" or "torch", and whether a
-    gradient may be asked for. Returns `t` and what the backend keeps for it: `r = (v + eps)^(-1/2)`, which has no
-    gradient, or None where computing it again is cheaper.
+    Inputs are `z` of shape `(B, S, C, D)` and `u` as `Neighborhood.shape_of_u` says, of one type, `mu` that broadcasts
+    to `(C, D)` and `weights` or None in the compute type, then the neighbourhood, `eps`, the backend, "triton" or
+    "torch", and whether a gradient may be asked for. Returns `t` and what the backend keeps for it: `r`, that is
+    `(v + eps)^(-1/2)`, of the shape that `taps.shape_of_r` says, which has no gradient; or None where computing it
+    again is cheaper.
     """
 
     @staticmethod
     def forward(z, u, mu, weights, neighborhood, eps, backend, save_r):
         """Compute `t`, and `r` for the backward pass."""
-        if backend == "triton":
-            return _launcher().forward(z, u, mu, weights, neighborhood, eps, save_r)
-        t, r = fallback.forward(z, u, mu, weights, neighborhood, eps)
-        return t, r if save_r else None
+        return _implementation(backend, weights, neighborhood).forward(z, u, mu, weights, neighborhood, eps, save_r)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -139,10 +141,9 @@ class TopographicFunction(torch.autograd.Function):
         z, u, mu, weights, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: only the formula has one
             gradients = reference.topographic_backward(dt, z, u, mu, weights, ctx.neighborhood, ctx.eps)
-        elif ctx.backend == "triton":
-            gradients = _launcher().backward(dt, z, u, mu, weights, r, ctx.neighborhood, ctx.eps)
         else:
-            gradients = fallback.backward(dt, z, u, mu, weights, r, ctx.neighborhood)
+            implementation = _implementation(ctx.backend, weights, ctx.neighborhood)
+            gradients = implementation.backward(dt, z, u, mu, weights, r, ctx.neighborhood, ctx.eps)
         return *gradients, None, None, None, None
 
     @staticmethod
@@ -170,10 +171,17 @@ class TopographicFunction(torch.autograd.Function):
 _apply = super(torch.autograd.Function, TopographicFunction).apply
 
 
-def _launcher():
-    """The kernels, through operators that a compiler can see or, in less time, directly."""
-    if torch.compiler.is_compiling():
-        return operators
+def _implementation(backend: str, weights: Tensor | None, neighborhood: Neighborhood):
+    """The module whose `forward` and `backward` to call.
+
+    A compiler looks into the fallback for plain windows; all else it sees as operators. Kernels are otherwise launched
+    directly, in less time.
+    """
+    plain = backend == "torch" and weights is None and neighborhood.is_plain
+    if torch.compiler.is_compiling() and not plain:
+        return operators.OPERATORS[backend]
+    if backend == "torch":
+        return fallback if plain else fallback_taps
     from . import kernels
 
     return kernels
@@ -230,10 +238,8 @@ def _check_tensors(z: Tensor, u: Tensor, mu: Tensor | float, weights: Tensor | N
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if x.device != z.device:
             raise ValueError(f"{name} is on {x.device}, but z is on {z.device}")
-    if z.ndim != 4 or z.shape != u.shape:
-        raise ValueError(
-            f"z and u must have one shape (batch, time, capsule, dim), got {tuple(z.shape)} and {tuple(u.shape)}"
-        )
+    if z.ndim != 4 or u.ndim != 4:
+        raise ValueError(f"z and u must be (batch, time, capsule, dim), got {tuple(z.shape)} and {tuple(u.shape)}")
     if isinstance(mu, Tensor) and not _broadcasts(mu.shape, z.shape[2:]):
         raise ValueError(f"mu must broadcast to (capsule, dim) = {tuple(z.shape[2:])}, got {tuple(mu.shape)}")
 
@@ -244,14 +250,19 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))
 
 
-def _check_values(z: Tensor, neighborhood: Neighborhood, weights: Tensor | None, eps: float) -> None:
+def _check_values(z: Tensor, u: Tensor, neighborhood: Neighborhood, weights: Tensor | None, eps: float) -> None:
     if not isinstance(neighborhood, Neighborhood):
         raise TypeError(f"neighborhood must be a Neighborhood, got {type(neighborhood).__name__}")
     if not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
-    neighborhood.check_fits(time=z.shape[1], dim=z.shape[3])
-    expected = (neighborhood.time_window, neighborhood.capsule_window)
-    if weights is not None and tuple(weights.shape) != expected:
+    neighborhood.check_fits(time=z.shape[1], dim=z.shape[3], capsules=z.shape[2])
+    if u.shape != z.shape or not neighborhood.is_plain:
+        expected = neighborhood.shape_of_u(tuple(z.shape))
+        if tuple(u.shape) != expected:
+            raise ValueError(f"for z of shape {tuple(z.shape)} u must have the shape {expected}, got {tuple(u.shape)}")
+    expected = neighborhood.weights_shape
+    if weights is not None and tuple(weights.shape) not in (expected, (z.shape[2], *expected)):
         raise ValueError(
-            f"weights must have the shape (time_window, capsule_window) = {expected}, got {tuple(weights.shape)}"
+            f"weights must have the shape {expected}, or for each capsule its own {(z.shape[2], *expected)}; "
+            f"got {tuple(weights.shape)}"
         )

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .kernels_fourier import Phases, fourier_backward_kernel, fourier_forward_kernel
 from .kernels_plain import (
     Plan,
     tile_backward_kernel,
@@ -27,9 +28,10 @@ from .kernels_plain import (
     whole_backward_kernel,
     whole_forward_kernel,
 )
-from .kernels_taps import taps_backward_kernel, taps_forward_kernel
+from .kernels_taps import Taps, taps_backward_kernel, taps_forward_kernel
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
+from .taps import phases, shape_of_r, table, weight_sums
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 _MOST_FRAMES = {torch.float32: 32, torch.float64: 18}  # that a lane can hold in registers
@@ -61,7 +63,7 @@ def interpreted() -> bool:
 
 def keeps_r(z: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float) -> bool:
     """Whether `forward` with `save_r` returns `r`: only where reading it costs less than computing it again."""
-    plain = weights is None and mu.numel() == 1
+    plain = weights is None and mu.numel() == 1 and neighborhood.is_plain
     S, D = int(z.shape[1]), int(z.shape[3])
     return not plain or _reads_r(_choice(neighborhood, S, D, compute_dtype(z.dtype), eps, False))
 
@@ -74,16 +76,17 @@ def forward(
     z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float, save_r: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return `t`, and `r = (v + eps)^(-1/2)` if it is asked for and the backward pass will read it, else None."""
-    B, S, C, D = z.shape
+    B, S, C, _ = z.shape
     t = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     choice = _choose(z, u, z, mu, weights, neighborhood, eps)
     save_r = save_r and _reads_r(choice)
-    r = torch.empty(z.shape, dtype=compute_dtype(z.dtype), device=z.device) if save_r else None
+    r = torch.empty(shape_of_r(z, neighborhood), dtype=compute_dtype(z.dtype), device=z.device) if save_r else None
     if choice is None:
-        tiles_s, tiles_d, meta = _taps_parameters(z, neighborhood, weights)
-        grid = (B * C * tiles_s * tiles_d,)
-        arguments = (z, u, mu, weights, t, r, S, C, D, tiles_s, tiles_d, *z.stride(), *u.stride(), *_mu_strides(z, mu))
-        _launch(z, taps_forward_kernel, grid, *arguments, EPS=eps, SAVE_R=save_r, **meta)
+        w = weights
+        problem = _Problem.of(z, u, mu, w, neighborhood, eps)
+        strides = (*z.stride(), *u.stride(), *_mu_strides(z, mu), problem.weight_stride)
+        options = {"SAVE_R": save_r, "P": problem.compiled}
+        _launch(z, problem.kernels[0], problem.grid, z, u, mu, w, t, r, *problem.arguments, *strides, **options)
     else:
         grid = _grid(choice, choice.frames[0], B * C, S)
         strides = (B * C, C, S, *z.stride(), *u.stride())
@@ -108,18 +111,25 @@ def backward(
     """Return `dz`, `du`, `dmu` of the shape of `mu` and `dw` (None without weights), from what `forward` returned."""
     B, S, C, D = z.shape
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    du = torch.empty_like(dz)
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     accumulator = compute_dtype(z.dtype)
     choice = _choose(z, u, dt, mu, weights, neighborhood, eps)
     if choice is None:
-        tiles_s, tiles_d, meta = _taps_parameters(z, neighborhood, weights)
-        programs = B * C * tiles_s * tiles_d
-        dmu_parts = torch.empty((B, tiles_s, C, D), dtype=accumulator, device=z.device)
-        dw_parts = None if weights is None else weights.new_empty((programs, *weights.shape))
-        arguments = (dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, S, C, D, tiles_s, tiles_d)
-        strides = (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(z, mu))
-        _launch(z, taps_backward_kernel, (programs,), *arguments, *strides, **meta)
-        return dz, du, dmu_parts.sum_to_size(mu.shape), None if dw_parts is None else dw_parts.sum(0)
+        problem = _Problem.of(z, u, mu, weights, neighborhood, eps)
+        dmu_parts = torch.empty((B, problem.tiles_s, C, D), dtype=accumulator, device=z.device)
+        dw_parts = None
+        if weights is not None:
+            dw_parts = torch.empty((*problem.grid, problem.entries), dtype=accumulator, device=z.device)
+        strides = (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(z, mu), problem.weight_stride)
+        arguments = (dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, *problem.arguments)
+        _launch(z, problem.kernels[1], problem.grid, *arguments, *strides, P=problem.compiled)
+        dw = None
+        if weights is not None:
+            dw_parts = dw_parts.view(B, C, problem.tiles, problem.entries).sum(
+                (0, 2) if problem.weight_stride else (0, 1, 2)
+            )
+            dw = weight_sums(dw_parts, problem.of_weights, weights.shape)
+        return dz, du, dmu_parts.sum_to_size(mu.shape), dw
 
     grid = _grid(choice, choice.frames[1], B * C, S)
     dmu_parts = torch.empty(grid, dtype=accumulator, device=z.device)
@@ -161,7 +171,7 @@ def _choose(
 ) -> Choice | None:
     """The kernels for plain windows that suit the problem, or None if it is for `kernels_taps`."""
     _, S, C, D = z.shape
-    if weights is not None or mu.numel() != 1:
+    if weights is not None or mu.numel() != 1 or not neighborhood.is_plain:
         return None
     extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(3) for x in (z, u, dt)]
     wide = max(*extents, S * C * D) >= 2**31
@@ -235,31 +245,76 @@ def _plan(fields: dict, lanes: int) -> Plan:
 # --- all other windows ------------------------------------------------------------------------------------------------
 
 
-def _taps_parameters(z: Tensor, neighborhood: Neighborhood, weights: Tensor | None) -> tuple[int, int, dict]:
-    """Tiles along time and capsule, and the compile-time arguments that the two kernels share."""
-    _, S, _, D = z.shape
-    block_d = min(triton.next_power_of_2(max(D, 1)), 64)
-    block_s = min(triton.next_power_of_2(max(S, 1)), 1024 // block_d)
-    shift = neighborhood.shift
-    if neighborhood.capsule_boundary == "zero":  # a farther shift drops the same taps; this one cannot overflow
-        limit = D + neighborhood.capsule_window
-        shift = max(-limit, min(limit, shift))
-    else:
-        shift %= max(D, 1)
-    meta = {
-        "FIRST_I": neighborhood.time_taps.start,
-        "W": neighborhood.time_window,
-        "FIRST_K": neighborhood.capsule_taps.start,
-        "K": neighborhood.capsule_window,
-        "SHIFT": shift,
-        "TIME_CIRCULAR": neighborhood.time_boundary == "circular",
-        "CAPSULE_CIRCULAR": neighborhood.capsule_boundary == "circular",
-        "WEIGHTED": weights is not None,
-        "ACC": _ACCUMULATOR[compute_dtype(z.dtype)],
-        "BLOCK_S": block_s,
-        "BLOCK_D": block_d,
-    }
-    return _ceiling(S, block_s), _ceiling(D, block_d), meta
+class _Problem(NamedTuple):
+    """What the kernels for all other windows are given beside tensors."""
+
+    kernels: tuple  # forward and backward
+    grid: tuple[int]
+    tiles_s: int
+    tiles: int  # of a capsule, one program each
+    arguments: tuple  # tables and sizes
+    compiled: Taps | Phases
+    weight_stride: int  # between the weights of one capsule and the next
+    entries: int  # whose gradients the backward pass leaves
+    of_weights: Tensor  # which of them add up to that of each weight
+
+    @staticmethod
+    def of(z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float):
+        B, S, C, D = z.shape
+        steps, dim = u.shape[1], u.shape[3]
+        weight_stride = 0
+        if weights is not None and weights.ndim > len(neighborhood.weights_shape):
+            weight_stride = weights.stride(0)
+        entries = table(neighborhood, C, D, compute_dtype(z.dtype), z.device)
+        block_d = triton.next_power_of_2(max(D, dim, 1))
+        fields = {
+            "TIME_CIRCULAR": neighborhood.time_boundary == "circular",
+            "WEIGHTED": weights is not None,
+            "EPS": eps,
+            "ACC": _ACCUMULATOR[compute_dtype(z.dtype)],
+        }
+        if neighborhood.roll == "fourier" and not neighborhood.is_plain:
+            block_s = min(triton.next_power_of_2(max(S, steps, 1)), max(1, 1024 // block_d))
+            tiles_s = _ceiling(max(S, steps), block_s)
+            h = phases(neighborhood, D, compute_dtype(z.dtype), z.device)
+            fields |= {
+                "D": D,
+                "FIRST_I": 0 if neighborhood.time_boundary == "padded" else neighborhood.time_taps.start,
+                "W": neighborhood.time_window,
+                "FIRST_K": neighborhood.capsule_taps.start,
+                "K": neighborhood.capsule_window,
+                "BLOCK_S": block_s,
+                "BLOCK_D": block_d,
+            }
+            kernels, compiled = (fourier_forward_kernel, fourier_backward_kernel), Phases
+            tiles, arguments = tiles_s, (h, entries.groups, S, steps, C, tiles_s)
+            count = neighborhood.time_window * neighborhood.capsule_window
+            of_weights = torch.arange(count, device=z.device)[:, None]
+        else:
+            block_d = min(block_d, 64)
+            block_s = min(triton.next_power_of_2(max(S, steps, 1)), 1024 // block_d)
+            tiles_s, tiles_d = _ceiling(max(S, steps), block_s), _ceiling(max(D, dim), block_d)
+            fields |= {
+                "ENTRIES": entries.roots[-1],
+                "ROOTS": neighborhood.root_count,
+                "END_0": entries.roots[1],
+                "END_1": entries.roots[min(2, neighborhood.root_count)],
+                "AXES": len(neighborhood.lengths(D)),
+                "CAPSULE_CIRCULAR": neighborhood.capsule_boundary == "circular",
+                "BLOCK_S": block_s,
+                "BLOCK_D": block_d,
+            }
+            fields |= {f"Z{axis}": n for axis, n in enumerate(entries.lengths)}
+            fields |= {f"U{axis}": n for axis, n in enumerate(entries.padded)}
+            kernels, compiled = (taps_forward_kernel, taps_backward_kernel), Taps
+            tiles = tiles_s * tiles_d
+            tables = (entries.times, entries.weights, entries.offsets, entries.coefficients, entries.groups)
+            arguments = (*tables, S, steps, C, tiles_s, tiles_d)
+            count, of_weights = len(entries.times), entries.of_weights
+        compiled = compiled(**{name: tl.constexpr(value) for name, value in fields.items()})
+        return _Problem(
+            kernels, (B * C * tiles,), tiles_s, tiles, arguments, compiled, weight_stride, count, of_weights
+        )
 
 
 def _mu_strides(z: Tensor, mu: Tensor) -> tuple[int, int]:

@@ -1,35 +1,97 @@
-"""Triton kernels for every other window: weighted taps, a capsule with cut edges, a `mu` of each position.
+"""Triton kernels for every window that is not plain: one tap at a time, out of a table, from the caches.
 
-Every program handles a tile of `BLOCK_S` frames by `BLOCK_D` positions of one capsule of one sequence and gathers the
-taps of each element one by one, from the caches. The forward pass saves `r = (v + EPS)^(-1/2)`, without which the
-backward pass would gather `W·K` taps for each of its `W·K` taps.
+Weighted windows, cut and padded edges, capsules of several axes and roots, fractional shifts, several speeds, a `mu` of
+each position. Every program handles a tile of `BLOCK_S` frames by `BLOCK_D` positions of one capsule of one sequence.
+With `v` the window sum under a root,
+
+    r = (v + EPS)^(-1/2)        s = 1 / Σ_roots 1/r        t = (z - mu) · s
+
+and the forward pass keeps `r` of every root and, where there are several, `s`: without them the backward pass would
+gather all taps for each of its taps.
 """
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 
+@dataclass(frozen=True)
+class Taps:
+    """What a kernel is compiled for; every field is a `tl.constexpr`."""
+
+    ENTRIES: tl.constexpr  # of the table, those of the first root first
+    ROOTS: tl.constexpr
+    END_0: tl.constexpr  # where the entries of the first root end,
+    END_1: tl.constexpr  # and of the second
+    AXES: tl.constexpr  # of a capsule
+    Z0: tl.constexpr  # positions of `z` along each axis, 1 for missing ones
+    Z1: tl.constexpr
+    Z2: tl.constexpr
+    U0: tl.constexpr  # of `u`, which has more of them where it is padded
+    U1: tl.constexpr
+    U2: tl.constexpr
+    TIME_CIRCULAR: tl.constexpr
+    CAPSULE_CIRCULAR: tl.constexpr
+    WEIGHTED: tl.constexpr
+    EPS: tl.constexpr
+    ACC: tl.constexpr  # the type of all arithmetic
+    BLOCK_S: tl.constexpr
+    BLOCK_D: tl.constexpr
+
+
+@triton.constexpr_function
+def _first(P, root):
+    """Entry of a root; of the root after the last, the number of entries."""
+    return (0, P.END_0, P.END_1)[root] if root < P.ROOTS else P.ENTRIES
+
+
 @triton.jit
-def _tile(C, TILES_S, TILES_D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(C, TILES_S, TILES_D, P: tl.constexpr):
     """Which sequence `b`, capsule `c` and row of tiles this program handles, its frames and its positions."""
     pid = tl.program_id(0)
     tile_d = pid % TILES_D
     tile_s = pid // TILES_D % TILES_S
     bc = pid // TILES_D // TILES_S
-    frames = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    positions = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    frames = tile_s * P.BLOCK_S + tl.arange(0, P.BLOCK_S)
+    positions = tile_d * P.BLOCK_D + tl.arange(0, P.BLOCK_D)
     return (bc // C).to(tl.int64), (bc % C).to(tl.int64), tile_s, frames, positions
 
 
 @triton.jit
 def _moved(index, offset, size, CIRCULAR: tl.constexpr):
-    """`index + offset` on an axis of `size` elements, and whether it is inside; circular axes wrap around."""
+    """`index + offset` on an axis of `size` elements, and whether it is inside; around a circle at most once."""
+    moved = index + offset
     if CIRCULAR:
-        moved = index + (offset % size + size) % size
-        return tl.where(moved >= size, moved - size, moved), index < size
+        moved = tl.where(moved >= size, moved - size, tl.where(moved < 0, moved + size, moved))
+    return moved, (moved >= 0) & (moved < size)
+
+
+@triton.jit
+def _position(d, offsets, entry, SIGN: tl.constexpr, P: tl.constexpr):
+    """Where the tap of a position of `z` is in `u`, or for SIGN -1 the other way, and whether it is inside."""
+    offsets += entry * 3
+    if SIGN == 1:
+        from_1, from_2, to_0, to_1, to_2 = P.Z1, P.Z2, P.U0, P.U1, P.U2
     else:
-        moved = index + offset
-        return moved, (index < size) & (moved >= 0) & (moved < size)
+        from_1, from_2, to_0, to_1, to_2 = P.U1, P.U2, P.Z0, P.Z1, P.Z2
+    column, inside = _moved(d % from_2, SIGN * tl.load(offsets + 2), to_2, P.CAPSULE_CIRCULAR)
+    if P.AXES > 1:
+        row, row_inside = _moved(d // from_2 % from_1, SIGN * tl.load(offsets + 1), to_1, P.CAPSULE_CIRCULAR)
+        column, inside = row * to_2 + column, inside & row_inside
+    if P.AXES > 2:
+        plane, plane_inside = _moved(d // (from_1 * from_2), SIGN * tl.load(offsets), to_0, P.CAPSULE_CIRCULAR)
+        column, inside = plane * (to_1 * to_2) + column, inside & plane_inside
+    return column, inside
+
+
+@triton.jit
+def _factor(w, coefficients, weights, entry, P: tl.constexpr):
+    """Weight and interpolation of a tap."""
+    factor = tl.load(coefficients + entry)
+    if P.WEIGHTED:
+        factor *= tl.load(w + tl.load(weights + entry))
+    return factor
 
 
 @triton.jit
@@ -42,112 +104,166 @@ def _reciprocal_root(x):
 
 
 @triton.jit
+def _quotient(x, y):
+    """`x / y`, correctly rounded."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _window_sum(
+    u, w, l, d, times, weights, offsets, coefficients, S_U, stride_s, stride_d,
+    ROOT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """`v = Σ factor · u[tap]²` under one root, for every element of a tile."""
+    v = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
+    for entry in range(_first(P, ROOT), _first(P, ROOT + 1)):
+        row, row_inside = _moved(l, tl.load(times + entry), S_U, P.TIME_CIRCULAR)
+        column, column_inside = _position(d, offsets, entry, 1, P)
+        factor = _factor(w, coefficients, weights, entry, P)
+        inside = row_inside & column_inside
+        x = tl.load(u + row.to(tl.int64) * stride_s + column.to(tl.int64) * stride_d, mask=inside, other=0.0).to(P.ACC)
+        v += factor * (x * x)
+    return v
+
+
+@triton.jit
 def taps_forward_kernel(
-    z, u, mu, w, t, r,
-    S, C, D, TILES_S, TILES_D,
+    z, u, mu, w, t, r, times, weights, offsets, coefficients, groups,
+    S, S_U, C, TILES_S, TILES_D,
     z_stride_b, z_stride_s, z_stride_c, z_stride_d,
     u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d,
-    EPS: tl.constexpr,
-    FIRST_I: tl.constexpr, W: tl.constexpr, FIRST_K: tl.constexpr, K: tl.constexpr, SHIFT: tl.constexpr,
-    TIME_CIRCULAR: tl.constexpr, CAPSULE_CIRCULAR: tl.constexpr, WEIGHTED: tl.constexpr, SAVE_R: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    mu_stride_c, mu_stride_d, w_stride_c,
+    SAVE_R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`r = (Σ_{i,k} w[i,k] · u[l+i, d + SHIFT·i + k]² + EPS)^(-1/2)` and `t = (z - mu) · r`, one tile a program.
-
-    Strides count elements; `t`, `r` and `w` are contiguous. `r` is written where the backward pass will need it.
-    """
-    b, c, _, frames, positions = _tile(C, TILES_S, TILES_D, BLOCK_S, BLOCK_D)
+    """`t = (z - mu) / Σ_roots sqrt(v + EPS)`, one tile a program. Strides count elements; `t`, `r` are contiguous."""
+    D: tl.constexpr = P.Z0 * P.Z1 * P.Z2
+    PLANES: tl.constexpr = P.ROOTS + (P.ROOTS > 1)
+    b, c, _, frames, positions = _tile(C, TILES_S, TILES_D, P)
     l, d = frames[:, None], positions[None, :]
-    u += b * u_stride_b + c * u_stride_c
-    v = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-    for i in range(FIRST_I, FIRST_I + W):
-        row, row_inside = _moved(l, i, S, TIME_CIRCULAR)
-        for k in range(FIRST_K, FIRST_K + K):
-            column, column_inside = _moved(d, SHIFT * i + k, D, CAPSULE_CIRCULAR)
-            at = row.to(tl.int64) * u_stride_s + column.to(tl.int64) * u_stride_d
-            x = tl.load(u + at, mask=row_inside & column_inside, other=0.0).to(ACC)
-            if WEIGHTED:
-                v += tl.load(w + (i - FIRST_I) * K + (k - FIRST_K)) * (x * x)
-            else:
-                v += x * x
-    reciprocal = _reciprocal_root(v + EPS)
-
     inside = (l < S) & (d < D)
-    l, d = l.to(tl.int64), d.to(tl.int64)
-    z_at = b * z_stride_b + l * z_stride_s + c * z_stride_c + d * z_stride_d
-    numerator = tl.load(z + z_at, mask=inside).to(ACC) - tl.load(mu + c * mu_stride_c + d * mu_stride_d, mask=d < D)
-    out_at = ((b * S + l) * C + c) * D + d
-    tl.store(t + out_at, (numerator * reciprocal).to(t.dtype.element_ty), mask=inside)
+    size = (b * 0 + S) * C * D  # of a sequence
+    at = (l.to(tl.int64) * C + c) * D + d
+    t += b * size
     if SAVE_R:
-        tl.store(r + out_at, reciprocal, mask=inside)
+        r += b * PLANES * size
+    u += b * u_stride_b + c * u_stride_c
+    group = tl.load(groups + c)
+    offsets += group * P.ENTRIES * 3
+    coefficients += group * P.ENTRIES
+    if P.WEIGHTED:
+        w += c * w_stride_c
+
+    denominator = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
+    for root in tl.static_range(P.ROOTS):
+        v = _window_sum(u, w, l, d, times, weights, offsets, coefficients, S_U, u_stride_s, u_stride_d, root, P)
+        reciprocal = _reciprocal_root(v + P.EPS)
+        if SAVE_R:
+            tl.store(r + root * size + at, reciprocal, mask=inside)
+        if P.ROOTS > 1:
+            denominator += _quotient(tl.full(reciprocal.shape, 1.0, P.ACC), reciprocal)
+    if P.ROOTS > 1:
+        reciprocal = _quotient(tl.full(denominator.shape, 1.0, P.ACC), denominator)
+        if SAVE_R:
+            tl.store(r + P.ROOTS * size + at, reciprocal, mask=inside)
+
+    z_at = b * z_stride_b + l.to(tl.int64) * z_stride_s + c * z_stride_c + d.to(tl.int64) * z_stride_d
+    mu_here = tl.load(mu + c * mu_stride_c + d.to(tl.int64) * mu_stride_d, mask=d < D)
+    numerator = tl.load(z + z_at, mask=inside).to(P.ACC) - mu_here
+    tl.store(t + at, (numerator * reciprocal).to(t.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _g(
+    dt, z, mu, r, row, column, size, C, inside,
+    dt_stride_s, dt_stride_d, z_stride_s, z_stride_d, mu_stride_d,
+    ROOT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """`dt · (z - mu) · s² · r` of one root, -2 times the gradient of its `v`, at elements of `z`."""
+    row, column = row.to(tl.int64), column.to(tl.int64)
+    at = row * C * (P.Z0 * P.Z1 * P.Z2) + column
+    r_here = tl.load(r + ROOT * size + at, mask=inside, other=0.0)
+    s_here = r_here
+    if P.ROOTS > 1:
+        s_here = tl.load(r + P.ROOTS * size + at, mask=inside, other=0.0)
+    dt_here = tl.load(dt + row * dt_stride_s + column * dt_stride_d, mask=inside, other=0.0).to(P.ACC)
+    z_here = tl.load(z + row * z_stride_s + column * z_stride_d, mask=inside, other=0.0).to(P.ACC)
+    mu_here = tl.load(mu + column * mu_stride_d, mask=inside, other=0.0)
+    return dt_here * s_here * ((z_here - mu_here) * s_here) * r_here
 
 
 @triton.jit
 def taps_backward_kernel(
-    dt, z, u, mu, w, r, dz, du, dmu_parts, dw_parts,
-    S, C, D, TILES_S, TILES_D,
+    dt, z, u, mu, w, r, dz, du, dmu_parts, dw_parts, times, weights, offsets, coefficients, groups,
+    S, S_U, C, TILES_S, TILES_D,
     dt_stride_b, dt_stride_s, dt_stride_c, dt_stride_d,
     z_stride_b, z_stride_s, z_stride_c, z_stride_d,
     u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d,
-    FIRST_I: tl.constexpr, W: tl.constexpr, FIRST_K: tl.constexpr, K: tl.constexpr, SHIFT: tl.constexpr,
-    TIME_CIRCULAR: tl.constexpr, CAPSULE_CIRCULAR: tl.constexpr, WEIGHTED: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    mu_stride_c, mu_stride_d, w_stride_c,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """With `g = -½ · dt · (z - mu) · r³`: `dz = dt · r`, `du[n] = 2 · u[n] · Σ_{i,k} w[i,k] · g[n - (i, SHIFT·i + k)]`.
+    """With `g = dt · (z - mu) · s² · r`: `dz = dt · s`, `du[n] = -u[n] · Σ_roots Σ_taps factor · g[n - tap]`.
 
-    One tile a program, which also leaves its share of `dmu = -Σ dt · r` (summed over the tile's frames) and of
-    `dw[i,k] = Σ g · u[tap]²` (summed over the tile) for a small, ordered reduction. `r`, `dz`, `du` and `w` are
-    contiguous, `dmu_parts` is `(B, TILES_S, C, D)` and `dw_parts` is `(programs, W, K)`.
+    One tile a program, of `z` and of `u`, which also leaves its share of `dmu = -Σ dt · s` (summed over the tile's
+    frames) and of `dw = -½ Σ g · u[tap]²` (summed over the tile, by entry) for a small, ordered reduction. `r`, `dz`
+    and `du` are contiguous, `dmu_parts` is `(B, TILES_S, C, D)` and `dw_parts` is `(programs, ENTRIES)`.
     """
-    b, c, tile_s, frames, positions = _tile(C, TILES_S, TILES_D, BLOCK_S, BLOCK_D)
+    D: tl.constexpr = P.Z0 * P.Z1 * P.Z2
+    D_U: tl.constexpr = P.U0 * P.U1 * P.U2
+    b, c, tile_s, frames, positions = _tile(C, TILES_S, TILES_D, P)
     l, d = frames[:, None], positions[None, :]
     dt += b * dt_stride_b + c * dt_stride_c
     z += b * z_stride_b + c * z_stride_c
     u += b * u_stride_b + c * u_stride_c
     mu += c * mu_stride_c
-    capsule = (b * S * C + c) * D  # of the contiguous tensors, whose frames lie C·D apart
+    size = (b * 0 + S) * C * D  # of a sequence
+    r += b * (P.ROOTS + (P.ROOTS > 1)) * size + c * D
+    group = tl.load(groups + c)
+    offsets += group * P.ENTRIES * 3
+    coefficients += group * P.ENTRIES
+    if P.WEIGHTED:
+        w += c * w_stride_c
 
-    gathered = tl.zeros((BLOCK_S, BLOCK_D), ACC)
-    for i in range(FIRST_I, FIRST_I + W):
-        row, row_inside = _moved(l, -i, S, TIME_CIRCULAR)
-        row = row.to(tl.int64)
-        for k in range(FIRST_K, FIRST_K + K):
-            column, column_inside = _moved(d, -(SHIFT * i + k), D, CAPSULE_CIRCULAR)
-            column = column.to(tl.int64)
+    gathered = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
+    for root in tl.static_range(P.ROOTS):
+        for entry in range(_first(P, root), _first(P, root + 1)):
+            row, row_inside = _moved(l, -tl.load(times + entry), S, P.TIME_CIRCULAR)
+            column, column_inside = _position(d, offsets, entry, -1, P)
             tap = row_inside & column_inside
-            dt_tap = tl.load(dt + row * dt_stride_s + column * dt_stride_d, mask=tap, other=0.0).to(ACC)
-            z_tap = tl.load(z + row * z_stride_s + column * z_stride_d, mask=tap, other=0.0).to(ACC)
-            r_tap = tl.load(r + capsule + row * C * D + column, mask=tap, other=0.0)
-            g_tap = dt_tap * r_tap * ((z_tap - tl.load(mu + column * mu_stride_d, mask=tap, other=0.0)) * r_tap) * r_tap
-            if WEIGHTED:
-                gathered += tl.load(w + (i - FIRST_I) * K + (k - FIRST_K)) * g_tap
-            else:
-                gathered += g_tap
+            g = _g(
+                dt, z, mu, r, row, column, size, C, tap,
+                dt_stride_s, dt_stride_d, z_stride_s, z_stride_d, mu_stride_d, root, P,
+            )  # fmt: skip
+            gathered += _factor(w, coefficients, weights, entry, P) * g
+    at = l.to(tl.int64) * u_stride_s + d.to(tl.int64) * u_stride_d
+    u_here = tl.load(u + at, mask=(l < S_U) & (d < D_U), other=0.0).to(P.ACC)
+    du_at = ((b * S_U + l.to(tl.int64)) * C + c) * D_U + d
+    # 2 · u · (-½ · gathered): the factor -½ of the gradient of v is taken out of the sum
+    tl.store(du + du_at, (-u_here * gathered).to(du.dtype.element_ty), mask=(l < S_U) & (d < D_U))
 
     inside = (l < S) & (d < D)
     row, column = l.to(tl.int64), d.to(tl.int64)
-    at = capsule + row * C * D + column
-    u_here = tl.load(u + row * u_stride_s + column * u_stride_d, mask=inside, other=0.0).to(ACC)
-    # 2 · u · (-½ · gathered): the factor -½ of g is taken out of the sum
-    tl.store(du + at, (-u_here * gathered).to(du.dtype.element_ty), mask=inside)
-
-    r_here = tl.load(r + at, mask=inside, other=0.0)
-    dz_here = tl.load(dt + row * dt_stride_s + column * dt_stride_d, mask=inside, other=0.0).to(ACC) * r_here
-    tl.store(dz + at, dz_here.to(dz.dtype.element_ty), mask=inside)
+    LAST: tl.constexpr = P.ROOTS if P.ROOTS > 1 else 0
+    s_here = tl.load(r + LAST * size + row * C * D + column, mask=inside, other=0.0)
+    dz_here = tl.load(dt + row * dt_stride_s + column * dt_stride_d, mask=inside, other=0.0).to(P.ACC) * s_here
+    tl.store(dz + b * size + (row * C + c) * D + column, dz_here.to(dz.dtype.element_ty), mask=inside)
     parts_at = ((b * TILES_S + tile_s) * C + c) * D + positions
     tl.store(dmu_parts + parts_at, -tl.sum(dz_here, axis=0), mask=positions < D)
 
-    if WEIGHTED:
-        z_here = tl.load(z + row * z_stride_s + column * z_stride_d, mask=inside, other=0.0).to(ACC)
-        mu_here = tl.load(mu + column * mu_stride_d, mask=d < D, other=0.0)
-        g = tl.where(inside, -0.5 * dz_here * ((z_here - mu_here) * r_here) * r_here, 0.0)
-        dw_parts += tl.program_id(0).to(tl.int64) * W * K
-        for i in range(FIRST_I, FIRST_I + W):
-            row_tap, row_inside = _moved(l, i, S, TIME_CIRCULAR)
-            for k in range(FIRST_K, FIRST_K + K):
-                column_tap, column_inside = _moved(d, SHIFT * i + k, D, CAPSULE_CIRCULAR)
+    if P.WEIGHTED:
+        dw_parts += tl.program_id(0).to(tl.int64) * P.ENTRIES
+        for root in tl.static_range(P.ROOTS):
+            g = _g(
+                dt, z, mu, r, l, d, size, C, inside,
+                dt_stride_s, dt_stride_d, z_stride_s, z_stride_d, mu_stride_d, root, P,
+            )  # fmt: skip
+            g *= -0.5
+            for entry in range(_first(P, root), _first(P, root + 1)):
+                row_tap, row_inside = _moved(l, tl.load(times + entry), S_U, P.TIME_CIRCULAR)
+                column_tap, column_inside = _position(d, offsets, entry, 1, P)
+                tap = row_inside & column_inside & inside  # else 0 times an infinite u
                 u_at = row_tap.to(tl.int64) * u_stride_s + column_tap.to(tl.int64) * u_stride_d
-                x = tl.load(u + u_at, mask=row_inside & column_inside, other=0.0).to(ACC)
-                tl.store(dw_parts + (i - FIRST_I) * K + (k - FIRST_K), tl.sum(g * x * x))
+                x = tl.load(u + u_at, mask=tap, other=0.0).to(P.ACC)
+                tl.store(dw_parts + entry, tl.load(coefficients + entry) * tl.sum(g * x * x))

@@ -1,8 +1,12 @@
-"""`TopographicLayer`: the operation as a module with a learned `mu`."""
+"""`TopographicLayer`: the operation as a module with a learned `mu` and, if wanted, learned weights."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .function import BACKENDS, topographic
@@ -12,33 +16,105 @@ from .neighborhood import Neighborhood
 class TopographicLayer(nn.Module):
     """`t = (z - mu) / sqrt(window_sum(u²) + eps)` with one trainable scalar `mu` (Keller & Welling 2021, Eq. 11).
 
-    Equivalent to `topographic(z, u, self.mu, neighborhood, eps=eps, backend=backend)`.
+    Equivalent to `topographic(z, u, self.mu, neighborhood, self.weights, eps, backend)`.
 
     Args:
         neighborhood: which `u²` share a denominator.
         mu_init: initial value of `mu`; the paper's 30 speeds up convergence (appendix A.2).
         eps: added inside the square root.
         backend: as in `topographic`.
+        learn_weights: whether the taps have weights, which are trained. They start at 1 and cannot become negative.
+        weights_for_capsules: number of capsules C, if each shall have weights of its own.
 
     Raises:
-        ValueError: the backend's name is unknown.
+        TypeError: `neighborhood` is none.
+        ValueError: the backend's name is unknown, or weights for capsules are not to be learned.
 
     """
 
-    def __init__(self, neighborhood: Neighborhood, mu_init: float = 30.0, eps: float = 1e-6, backend: str = "auto"):
+    def __init__(
+        self,
+        neighborhood: Neighborhood,
+        mu_init: float = 30.0,
+        eps: float = 1e-6,
+        backend: str = "auto",
+        learn_weights: bool = False,
+        weights_for_capsules: int | None = None,
+    ):
         super().__init__()
         if not isinstance(neighborhood, Neighborhood):
             raise TypeError(f"neighborhood must be a Neighborhood, got {type(neighborhood).__name__}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        if weights_for_capsules is not None and not learn_weights:
+            raise ValueError(f"weights for {weights_for_capsules} capsules need learn_weights")
         self.neighborhood = neighborhood
         self.eps = eps
         self.backend = backend
         self.mu = nn.Parameter(torch.tensor(float(mu_init)))
+        if learn_weights:
+            leading = () if weights_for_capsules is None else (weights_for_capsules,)
+            one = math.log(math.expm1(1.0))  # where softplus is 1
+            self.raw_weights = nn.Parameter(torch.full((*leading, *neighborhood.weights_shape), one))
+        else:
+            self.register_parameter("raw_weights", None)
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """Map `z` and `u`, both `(batch, time, capsule, dim)`, to `t` of the same shape."""
-        return topographic(z, u, self.mu, self.neighborhood, eps=self.eps, backend=self.backend)
+    @property
+    def weights(self) -> Tensor | None:
+        """`softplus(raw_weights)`, of `neighborhood.weights_shape` or with the capsules before it; None without."""
+        return None if self.raw_weights is None else F.softplus(self.raw_weights)
+
+    def forward(self, z: Tensor, u: Tensor, axis: int | None = None) -> Tensor:
+        """Map `z`, `(batch, time, capsule, dim)`, and `u`, of `neighborhood.shape_of_u(z.shape)`, to `t` like `z`.
+
+        Args:
+            z: the numerator's Gaussian variables.
+            u: the denominator's.
+            axis: where every axis has a root, the one that these sequences are known to roll along: then the window
+                along it is the denominator, alone. None: the sum over all axes, whichever they roll along (Eq. 21).
+
+        """
+        if axis is None:
+            return topographic(z, u, self.mu, self.neighborhood, self.weights, self.eps, self.backend)
+        neighborhood, weights = self.neighborhood.along(axis), self.weights
+        if weights is not None:
+            columns = weights.split(list(self.neighborhood.capsule_window), -1)[axis]
+            weights = columns.reshape(*weights.shape[:-2], *neighborhood.weights_shape)
+        return topographic(z, u, self.mu, neighborhood, weights, self.eps, self.backend)
+
+    def step(self, z: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map the next frames of a stream: a causal window on a sequence that need not have an end (Eq. 22).
+
+        Fed with a sequence in pieces, it gives the same as `forward` on the whole.
+
+        Args:
+            z: `(batch, frames, capsule, dim)`, one frame or more.
+            u: the same but where the capsules are padded.
+            state: what the call for the frames before returned; None at the start of a sequence.
+
+        Returns:
+            `t` of the shape of `z`, and the state: the last `W - 1` frames of `u`.
+
+        Raises:
+            ValueError: the window is not causal, or time is a circle, or the state has another shape.
+
+        """
+        n = self.neighborhood
+        if not n.causal or n.time_boundary == "circular":
+            raise ValueError(f"a stream needs a causal window and a time that is no circle, got {n}")
+        kept = n.time_window - 1
+        if state is None:
+            if n.time_boundary == "padded":
+                raise ValueError(f"with padded time the first state is the padding: {kept} frames of u, got None")
+            # frames of zeros add nothing to a window that is cut
+            state = u.new_zeros((u.shape[0], kept, *u.shape[2:]))
+        expected = (u.shape[0], kept, *u.shape[2:])
+        if tuple(state.shape) != expected:
+            raise ValueError(f"for u of shape {tuple(u.shape)} the state must be {expected}, got {tuple(state.shape)}")
+        u = torch.cat((state, u), 1)
+        padded = replace(n, time_boundary="padded")
+        t = topographic(z, u, self.mu, padded, self.weights, self.eps, self.backend)
+        return t, u[:, u.shape[1] - kept :]
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Literal, NamedTuple, get_args
 
-Boundary = Literal["circular", "zero"]
+Boundary = Literal["circular", "zero", "padded"]
+Roots = Literal["one", "each axis"]
+Roll = Literal["linear", "fourier"]
+
+
+class Tap(NamedTuple):
+    """One term of a window sum: `weight · x` of the element `time` frames and `offsets` positions further on.
+
+    The offsets are real numbers, one for each axis of the capsule; `window` of them along the capsule do not depend on
+    time, the rest is the roll. `root` and `weight` say to which root the term belongs and which weight it has.
+    """
+
+    time: int
+    roll: tuple[float, ...]
+    window: tuple[int, ...]
+    root: int
+    weight: int
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        """Roll and window together."""
+        return tuple(a + b for a, b in zip(self.roll, self.window, strict=True))
 
 
 @dataclass(frozen=True)
@@ -17,39 +43,106 @@ class Neighborhood:
     moves along the capsule with each frame: 1 is the shifting temporal coherence of Topographic VAEs (Keller & Welling
     2021, Eq. 9), 0 the stationary one of BubbleVAE (Eq. 8). A `time_window` of 1 has no temporal coherence.
 
+    With `axes` the positions of a capsule lie on a torus of up to three axes, the last one fastest. Then `d`, `shift`
+    and `k` have one number for each axis, and there are two forms. "one" root: the window covers all axes at once, as
+    in the 5 x 5 windows of section 6.2. A root for "each axis": one window an axis, which rolls along that axis alone,
+    and the denominator is the sum of their roots (Eq. 21).
+
     Args:
         time_window: number of frames W in the window, the paper's 2L; at least 1.
-        capsule_window: number of neighbouring positions K in the window; at least 1.
-        shift: positions the window moves along the capsule per frame; any integer.
+        capsule_window: number of neighbouring positions K in the window; at least 1. One for each axis, or one for all.
+        shift: positions the window moves along the capsule per frame; any integer, or a fraction, which interpolates
+            as `roll` says. One for each axis, or one for all.
         causal: only past and present frames, `i = -(W - 1) … 0` (Eq. 22).
-        time_boundary: "circular" wraps around the sequence; "zero" drops the taps that fall outside.
-        capsule_boundary: the same along the capsule.
+        time_boundary: "circular" wraps around the sequence; "zero" drops the taps that fall outside; with "padded" `u`
+            has as many frames more at both ends as the windows reach, which are independent variables (appendix C.2).
+        capsule_boundary: the same along the capsule, on every axis.
+        axes: number of positions along each axis of a capsule; None is one axis of any length.
+        roots: "one", or a root for "each axis".
+        speeds: of each capsule, a factor of its shift; None is 1 for all.
+        roll: for fractional shifts, "linear" interpolates `u²` between neighbours (Eq. 19); "fourier" shifts the phase
+            of `u` (appendix C.1), before it is squared: the square of a band-limited signal is never negative, a
+            band-limited square may be.
 
     Raises:
-        TypeError: a window or the shift is not an integer, or `causal` is not a bool.
-        ValueError: a window is smaller than 1, or a boundary is unknown.
+        TypeError: a value is not of its type.
+        ValueError: a value is out of its range, or values do not fit each other.
 
     """
 
     time_window: int = 1
-    capsule_window: int = 1
-    shift: int = 1
+    capsule_window: int | tuple[int, ...] = 1
+    shift: float | tuple[float, ...] = 1
     causal: bool = False
     time_boundary: Boundary = "circular"
     capsule_boundary: Boundary = "circular"
+    axes: tuple[int, ...] | None = None
+    roots: Roots = "one"
+    speeds: tuple[float, ...] | None = None
+    roll: Roll = "linear"
 
     def __post_init__(self):
-        for name in ("time_window", "capsule_window", "shift"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if name != "shift" and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _check_integer("time_window", self.time_window, 1)
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be True or False, got {self.causal!r}")
-        for name in ("time_boundary", "capsule_boundary"):
-            if getattr(self, name) not in get_args(Boundary):
-                raise ValueError(f'{name} must be "circular" or "zero", got {getattr(self, name)!r}')
+        for name, kind in (
+            ("time_boundary", Boundary),
+            ("capsule_boundary", Boundary),
+            ("roots", Roots),
+            ("roll", Roll),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                choices = " or ".join(f'"{choice}"' for choice in get_args(kind))
+                raise ValueError(f"{name} must be {choices}, got {getattr(self, name)!r}")
+        if self.axes is not None:
+            self._set("axes", _numbers("axes", self.axes))
+            for size in self.axes:
+                _check_integer("axes", size, 1)
+            if not 1 <= len(self.axes) <= 3:
+                raise ValueError(f"axes must be 1 to 3 numbers, got {self.axes}")
+        self._set("capsule_window", self._for_each_axis("capsule_window", _integral))
+        self._set("shift", self._for_each_axis("shift", _real))
+        if self.speeds is not None:
+            self._set("speeds", tuple(_real("speeds", speed) for speed in _numbers("speeds", self.speeds)))
+            if not self.speeds:
+                raise ValueError("speeds must have a number for each capsule, got none")
+        if self.roots == "each axis" and not self.is_multidimensional:
+            raise ValueError(f'a root for "each axis" needs axes, got {self.axes}')
+        if self.roll == "fourier" and (self.is_multidimensional or self.capsule_boundary != "circular"):
+            raise ValueError('roll "fourier" needs capsules of one circular axis')
+        # Written out here, because a compiler that traces a call cannot do it: see `operators`.
+        self._set("text", json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
+
+    def _for_each_axis(self, name: str, convert) -> object:
+        """The field as one number, or for several axes as a tuple of as many."""
+        value, count = getattr(self, name), len(self.axes or (0,))
+        if isinstance(value, (tuple, list)):
+            values = tuple(convert(name, x) for x in value)
+            if len(values) != count:
+                raise ValueError(f"{name} must be one number or {count}, one for each axis; got {value}")
+        else:
+            values = (convert(name, value),) * count
+        return values if count > 1 else values[0]
+
+    # --- what the layer and its backends ask --------------------------------------------------------------------------
+
+    @property
+    def is_multidimensional(self) -> bool:
+        """Whether capsules have more than one axis."""
+        return self.axes is not None and len(self.axes) > 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the window moves by whole positions along one axis, alike in all capsules, and `u` is like `z`."""
+        return (
+            not self.is_multidimensional
+            and isinstance(self.shift, int)
+            and self.speeds is None
+            and "padded" not in (self.time_boundary, self.capsule_boundary)
+        )
 
     @property
     def time_taps(self) -> range:
@@ -59,24 +152,156 @@ class Neighborhood:
 
     @property
     def capsule_taps(self) -> range:
-        """The capsule offsets `k`, in positions, lowest first."""
-        last = self.capsule_window // 2
-        return range(last - self.capsule_window + 1, last + 1)
+        """The capsule offsets `k` along the only axis, in positions, lowest first."""
+        return _centred(self.capsule_window)
 
-    def check_fits(self, time: int, dim: int) -> None:
-        """Refuse a circular window that is longer than its axis, which would count elements twice.
+    @property
+    def root_count(self) -> int:
+        """Number of roots R whose sum is the denominator."""
+        return len(self.axes) if self.roots == "each axis" else 1
+
+    @property
+    def weights_shape(self) -> tuple[int, ...]:
+        """Of the weights: `(W, K)`; `(W, K1, K2, …)` for several axes; `(W, K1 + K2 + …)` with a root for each axis."""
+        windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+        return (self.time_window, sum(windows)) if self.roots == "each axis" else (self.time_window, *windows)
+
+    def lengths(self, dim: int) -> tuple[int, ...]:
+        """Positions along each axis of capsules of `dim` positions."""
+        return (dim,) if self.axes is None else self.axes
+
+    def of_capsule(self, c: int) -> Neighborhood:
+        """The neighbourhood of one capsule, which has its own speed."""
+        if self.speeds is None:
+            return self
+        shift = self.shift if self.is_multidimensional else (self.shift,)
+        shift = tuple(s * self.speeds[c] for s in shift)
+        return replace(self, speeds=None, shift=shift if self.is_multidimensional else shift[0])
+
+    def along(self, axis: int) -> Neighborhood:
+        """The neighbourhood of a sequence that is known to roll along one axis: its window alone, under one root.
+
+        Raises:
+            ValueError: there is no such axis, or no root for each.
+
+        """
+        if self.roots != "each axis" or not 0 <= axis < len(self.axes):
+            raise ValueError(f"axis must be one of those that have a root each, got {axis!r} for {self}")
+        keep = [a == axis for a in range(len(self.axes))]
+        window = tuple(k if kept else 1 for k, kept in zip(self.capsule_window, keep, strict=True))
+        shift = tuple(s if kept else 0 for s, kept in zip(self.shift, keep, strict=True))
+        return replace(self, roots="one", capsule_window=window, shift=shift)
+
+    def taps(self, speed: float = 1) -> Iterator[Tap]:
+        """All terms of the window sums, by root, of a capsule of some speed."""
+        windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+        shift = self.shift if self.is_multidimensional else (self.shift,)
+        axes = range(len(windows))
+        columns, first = [], 0  # root, offsets along the capsule, axes that roll, number of the weight in its row
+        if self.roots == "one":
+            for k in itertools.product(*map(_centred, windows)):
+                columns.append((0, k, axes, len(columns)))
+        else:
+            for axis in axes:
+                for number, k in enumerate(_centred(windows[axis])):
+                    window = tuple(k if a == axis else 0 for a in axes)
+                    columns.append((axis, window, (axis,), first + number))
+                first += windows[axis]
+        for root in range(self.root_count):
+            for row, i in enumerate(self.time_taps):
+                for tap_root, window, rolling, column in columns:
+                    if tap_root == root:
+                        # rounded, so that sums of decimal fractions are whole where they should be
+                        roll = tuple(round(shift[a] * speed * i, 12) if a in rolling else 0 for a in axes)
+                        yield Tap(i, roll, window, root, row * len(columns) + column)
+
+    def padding(self) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+        """How many frames, and positions along each axis, `u` has more than `z` before and after it."""
+        count = len(self.axes) if self.is_multidimensional else 1
+        time, capsule = (0, 0), ((0, 0),) * count
+        if self.time_boundary == "padded":
+            time = -self.time_taps[0], self.time_taps[-1]
+        if self.capsule_boundary == "padded":
+            offsets = [tap.offsets for speed in set(self.speeds or (1,)) for tap in self.taps(speed)]
+            capsule = tuple(
+                (max(0, -math.floor(min(x))), max(0, math.ceil(max(x)))) for x in zip(*offsets, strict=True)
+            )
+        return time, capsule
+
+    def shape_of_u(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """The shape of `u` for a `z` of shape `(B, S, C, D)`: the same but where a boundary is padded."""
+        batch, steps, capsules, dim = shape
+        if self.time_boundary != "padded" and self.capsule_boundary != "padded":
+            return batch, steps, capsules, dim
+        (before, after), capsule = self.padding()
+        lengths = self.lengths(dim)
+        padded = math.prod([n + sum(more) for n, more in zip(lengths, capsule, strict=True)])
+        return batch, before + steps + after, capsules, padded
+
+    def check_fits(self, time: int, dim: int, capsules: int | None = None) -> None:
+        """Refuse capsules of another shape, and a circular window longer than its axis: it would count elements twice.
 
         Args:
             time: length S of the sequence.
             dim: number D of positions in a capsule.
+            capsules: number C of capsules, if it is known.
 
         Raises:
-            ValueError: naming the window and the axis.
+            ValueError: naming what does not fit what.
 
         """
-        for name, window, boundary, axis, size in (
-            ("time_window", self.time_window, self.time_boundary, "time steps", time),
-            ("capsule_window", self.capsule_window, self.capsule_boundary, "positions in a capsule", dim),
-        ):
+        if self.axes is not None and math.prod(self.axes) != dim:
+            raise ValueError(f"axes {self.axes} have {math.prod(self.axes)} positions, but a capsule has {dim}")
+        if capsules is not None and self.speeds is not None and len(self.speeds) != capsules:
+            raise ValueError(f"there are {len(self.speeds)} speeds for {capsules} capsules")
+        windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+        checks = [("time_window", self.time_window, self.time_boundary, "time steps", time)]
+        checks += [
+            ("capsule_window", window, self.capsule_boundary, "positions in a capsule", size)
+            for window, size in zip(windows, self.lengths(dim), strict=True)
+        ]
+        for name, window, boundary, axis, size in checks:
             if boundary == "circular" and window > size:
                 raise ValueError(f"a circular {name} of {window} does not fit {size} {axis}")
+
+
+def corners(offsets: tuple[float, ...]) -> list[tuple[float, tuple[int, ...]]]:
+    """Real offsets as whole ones with the coefficients of their linear interpolation, along each axis (Eq. 19)."""
+    axes = []
+    for offset in offsets:
+        low = math.floor(offset)
+        part = offset - low
+        axes.append([(1 - part, low), (part, low + 1)] if part else [(1.0, low)])
+    return [(math.prod([c for c, _ in x]), tuple([o for _, o in x])) for x in itertools.product(*axes)]
+
+
+def _centred(window: int) -> range:
+    last = window // 2
+    return range(last - window + 1, last + 1)
+
+
+def _numbers(name: str, value: object) -> tuple:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of numbers, got {value!r}")
+    return tuple(value)
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _integral(name: str, value: object) -> int:
+    _check_integer(name, value, 1)
+    return int(value)
+
+
+def _real(name: str, value: object) -> int | float:
+    """As an int where it is whole, so that equal neighbourhoods are equal."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return int(value) if value == int(value) else float(value)

@@ -1,54 +1,79 @@
-"""The kernels and the fallback's window sum as registered operators, for the compilers of PyTorch.
+"""What compilers cannot look into as registered operators: the launch of a kernel, and parts of the fallback.
 
-`torch.compile` and `torch.export` cannot look into the launch of a kernel. Below them it goes through these operators,
-of whose results they know shape and type. Into the fallback they can look, but make its window sum slower. In eager
-mode the kernels are launched directly: an operator made in Python costs several times the host time of a direct call
-(`python -m benchmarks overhead`).
+`torch.compile` and `torch.export` see these operators, and of their results shape and type. Into the fallback they can
+look, but make its window sums slower. In eager mode everything is called directly: an operator made in Python costs
+several times the host time of a direct call (`python -m benchmarks overhead`).
 """
 
 from __future__ import annotations
 
+import json
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .neighborhood import Boundary, Neighborhood
+from .neighborhood import Neighborhood
 from .reference import compute_dtype
+from .taps import shape_of_r
 
 
-def forward(
-    z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float, save_r: bool
-) -> tuple[Tensor, Tensor | None]:
-    """As `kernels.forward`, through `torch.ops.tvae_kernels.topographic_forward`."""
-    t, r = _forward(z, u, mu, weights, *_fields(neighborhood, z.shape[3]), eps, save_r)
-    return t, r if save_r else None
+class Operators(NamedTuple):
+    """`forward` and `backward` of a backend, through `torch.ops.tvae_kernels.topographic_forward` and `_backward`."""
+
+    backend: str
+
+    def forward(
+        self,
+        z: Tensor,
+        u: Tensor,
+        mu: Tensor,
+        weights: Tensor | None,
+        neighborhood: Neighborhood,
+        eps: float,
+        save_r: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `kernels.forward` and `fallback_taps.forward`."""
+        t, r = _forward(self.backend, z, u, mu, weights, neighborhood.text, eps, save_r)
+        return t, r if save_r else None
+
+    def backward(
+        self,
+        dt: Tensor,
+        z: Tensor,
+        u: Tensor,
+        mu: Tensor,
+        weights: Tensor | None,
+        r: Tensor | None,
+        neighborhood: Neighborhood,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `kernels.backward` and `fallback_taps.backward`."""
+        dz, du, dmu, dw = _backward(self.backend, dt, z, u, mu, weights, r, neighborhood.text, eps)
+        return dz, du, dmu, None if weights is None else dw
 
 
-def backward(
-    dt: Tensor,
-    z: Tensor,
-    u: Tensor,
-    mu: Tensor,
-    weights: Tensor | None,
-    r: Tensor | None,
-    neighborhood: Neighborhood,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `kernels.backward`, through `torch.ops.tvae_kernels.topographic_backward`."""
-    dz, du, dmu, dw = _backward(dt, z, u, mu, weights, r, *_fields(neighborhood, z.shape[3]), eps)
-    return dz, du, dmu, None if weights is None else dw
+OPERATORS = {backend: Operators(backend) for backend in ("triton", "torch")}
 
 
 def window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
     """As `fallback.skewed_window_sum`, through `torch.ops.tvae_kernels.window_sum`."""
-    return _window_sum(x, *_fields(neighborhood, x.shape[3]), adjoint)
+    return _window_sum(x, neighborhood.text, adjoint)
 
 
-def _fields(neighborhood: Neighborhood, dim: int) -> tuple[int, int, int, bool, Boundary, Boundary]:
-    """The neighbourhood as arguments of an operator, with an equivalent shift that 64 bits can hold."""
-    n = neighborhood
-    limit = dim + n.capsule_window  # past a cut edge any farther shift drops the same taps
-    shift = n.shift % dim if n.capsule_boundary == "circular" else max(-limit, min(limit, n.shift))
-    return n.time_window, n.capsule_window, shift, n.causal, n.time_boundary, n.capsule_boundary
+def _read(text: str) -> Neighborhood:
+    """The neighbourhood from the text that stands for it as an argument of an operator."""
+    return Neighborhood(**json.loads(text))
+
+
+def _module(backend: str):
+    if backend == "torch":
+        from . import fallback_taps
+
+        return fallback_taps
+    from . import kernels
+
+    return kernels
 
 
 # An operator's results are tensors, never None: an empty one stands for what there is not.
@@ -56,85 +81,52 @@ def _fields(neighborhood: Neighborhood, dim: int) -> tuple[int, int, int, bool, 
 
 @torch.library.custom_op("tvae_kernels::topographic_forward", mutates_args=())
 def _forward(
-    z: Tensor,
-    u: Tensor,
-    mu: Tensor,
-    weights: Tensor | None,
-    time_window: int,
-    capsule_window: int,
-    shift: int,
-    causal: bool,
-    time_boundary: str,
-    capsule_boundary: str,
-    eps: float,
-    save_r: bool,
+    backend: str, z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: str, eps: float, save_r: bool
 ) -> tuple[Tensor, Tensor]:
-    from . import kernels
-
-    neighborhood = Neighborhood(time_window, capsule_window, shift, causal, time_boundary, capsule_boundary)
-    t, r = kernels.forward(z, u, mu, weights, neighborhood, eps, save_r)
+    t, r = _module(backend).forward(z, u, mu, weights, _read(neighborhood), eps, save_r)
     return t, _nothing(z) if r is None else r
 
 
 @_forward.register_fake
-def _(z, u, mu, weights, time_window, capsule_window, shift, causal, time_boundary, capsule_boundary, eps, save_r):
-    from . import kernels
-
-    neighborhood = Neighborhood(time_window, capsule_window, shift, causal, time_boundary, capsule_boundary)
-    saves = save_r and kernels.keeps_r(z, mu, weights, neighborhood, eps)
-    r = torch.empty(z.shape, dtype=compute_dtype(z.dtype), device=z.device) if saves else _nothing(z)
+def _(backend, z, u, mu, weights, neighborhood, eps, save_r):
+    n = _read(neighborhood)
+    saves = save_r and (backend == "torch" or _module(backend).keeps_r(z, mu, weights, n, eps))
+    r = torch.empty(shape_of_r(z, n), dtype=compute_dtype(z.dtype), device=z.device) if saves else _nothing(z)
     return torch.empty(z.shape, dtype=z.dtype, device=z.device), r
 
 
 @torch.library.custom_op("tvae_kernels::topographic_backward", mutates_args=())
 def _backward(
+    backend: str,
     dt: Tensor,
     z: Tensor,
     u: Tensor,
     mu: Tensor,
     weights: Tensor | None,
     r: Tensor,
-    time_window: int,
-    capsule_window: int,
-    shift: int,
-    causal: bool,
-    time_boundary: str,
-    capsule_boundary: str,
+    neighborhood: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import kernels
-
-    neighborhood = Neighborhood(time_window, capsule_window, shift, causal, time_boundary, capsule_boundary)
-    dz, du, dmu, dw = kernels.backward(dt, z, u, mu, weights, r, neighborhood, eps)
+    dz, du, dmu, dw = _module(backend).backward(dt, z, u, mu, weights, r, _read(neighborhood), eps)
     return dz, du, dmu, _nothing(z) if dw is None else dw
 
 
 @_backward.register_fake
-def _(dt, z, u, mu, weights, r, *settings):
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+def _(backend, dt, z, u, mu, weights, r, neighborhood, eps):
+    dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
     dw = _nothing(z) if weights is None else torch.empty_like(weights)
-    return dz, torch.empty_like(dz), torch.empty_like(mu), dw
+    return dz, du, torch.empty_like(mu), dw
 
 
 @torch.library.custom_op("tvae_kernels::window_sum", mutates_args=())
-def _window_sum(
-    x: Tensor,
-    time_window: int,
-    capsule_window: int,
-    shift: int,
-    causal: bool,
-    time_boundary: str,
-    capsule_boundary: str,
-    adjoint: bool,
-) -> Tensor:
+def _window_sum(x: Tensor, neighborhood: str, adjoint: bool) -> Tensor:
     from . import fallback
 
-    neighborhood = Neighborhood(time_window, capsule_window, shift, causal, time_boundary, capsule_boundary)
-    return fallback.skewed_window_sum(x, neighborhood, adjoint)
+    return fallback.skewed_window_sum(x, _read(neighborhood), adjoint)
 
 
 @_window_sum.register_fake
-def _(x, *settings):
+def _(x, neighborhood, adjoint):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

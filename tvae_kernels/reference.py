@@ -3,16 +3,21 @@
     v[b,l,c,d] = Σ_{i,k} w[i,k] · u[b, l+i, c, d + shift·i + k]²
     t[b,l,c,d] = (z[b,l,c,d] - mu) / sqrt(v[b,l,c,d] + eps)
 
+With several roots, each over its own window sum, their sum is the denominator.
+
 Short and obvious before fast; every step is a differentiable PyTorch operation, so it can be differentiated twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .neighborhood import Neighborhood
+from .neighborhood import Neighborhood, Tap
+from .roll import along, at, phase_shifted
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,16 +73,90 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = N
     return total
 
 
+def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, padding=None) -> Tensor:
+    """`v` under every root of any neighbourhood, one tap at a time.
+
+    Args:
+        u: of the shape that the neighbourhood asks for, in the compute type.
+        neighborhood: the taps.
+        weights: of `neighborhood.weights_shape`, or with a leading axis of C for each capsule its own; None for ones.
+        padding: of `u`, where it is not `neighborhood.padding()`.
+
+    Returns:
+        `(R, B, S, C, D)`.
+
+    """
+    own_weights = weights is not None and weights.ndim > len(neighborhood.weights_shape)
+    if neighborhood.is_plain and not own_weights:
+        return window_sum(u.square(), neighborhood, weights)[None]
+    if neighborhood.speeds is not None or own_weights:
+        capsules = [
+            window_sums(
+                u[:, :, c : c + 1],
+                neighborhood.of_capsule(c),
+                weights[c] if own_weights else weights,
+                neighborhood.padding(),  # as far as the fastest capsule reaches
+            )
+            for c in range(u.shape[2])
+        ]
+        return torch.cat(capsules, 3)
+
+    sums = [0] * neighborhood.root_count
+    for tap, x in _values(u, neighborhood, padding):
+        sums[tap.root] = sums[tap.root] + (x if weights is None else weights.flatten()[tap.weight] * x)
+    return torch.stack(sums)
+
+
+def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tuple[Tap, Tensor]]:
+    """Every tap of capsules of one speed, and what it adds to each element of `v`, `(B, S, C, D)`."""
+    (before, after), padding = padding or neighborhood.padding()
+    if neighborhood.axes is not None:
+        u = u.unflatten(3, [n + sum(more) for n, more in zip(neighborhood.axes, padding, strict=True)])
+    lengths = tuple(n - sum(more) for n, more in zip(u.shape[3:], padding, strict=True))
+    steps = u.shape[1] - before - after
+    for tap in neighborhood.taps():
+        x = along(u, 1, tap.time, neighborhood.time_boundary, before, steps)
+        if neighborhood.roll == "fourier":
+            x = at(phase_shifted(x, tap.roll[0]).square(), tap.window, "circular")
+        else:
+            x = at(x.square(), tap.offsets, neighborhood.capsule_boundary, padding, lengths)
+        yield tap, x.flatten(3)
+
+
+def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: torch.Size, padding=None) -> Tensor:
+    """`dw = Σ g · u[tap]²` for any neighbourhood: of `shape`, which is that of its weights.
+
+    Args:
+        g: `(R, B, S, C, D)`, the gradient of `v` under each root.
+        u: as in `window_sums`, and so is `padding`.
+        neighborhood: the taps.
+        shape: `neighborhood.weights_shape`, or with a leading axis of C.
+
+    """
+    own_weights = len(shape) > len(neighborhood.weights_shape)
+    if neighborhood.speeds is not None or own_weights:
+        padding = neighborhood.padding()
+        capsules = [
+            weight_gradients(
+                g[:, :, :, c : c + 1], u[:, :, c : c + 1], neighborhood.of_capsule(c), shape[own_weights:], padding
+            )
+            for c in range(u.shape[2])
+        ]
+        return torch.stack(capsules) if own_weights else sum(capsules)
+    parts = {tap.weight: (g[tap.root] * x).sum() for tap, x in _values(u, neighborhood, padding)}
+    return torch.stack([parts[number] for number in range(len(parts))]).reshape(shape)
+
+
 def topographic(
     z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float
 ) -> Tensor:
-    """`(z - mu) / sqrt(window_sum(u²) + eps)`, computed in the compute type and returned in the type of `z`.
+    """`(z - mu) / Σ_roots sqrt(v + eps)`, computed in the compute type and returned in the type of `z`.
 
     Args:
         z: `(B, S, C, D)`.
-        u: `(B, S, C, D)`, of the type of `z`.
+        u: the same but where a boundary is padded, of the type of `z`.
         mu: of a shape that broadcasts to `(C, D)`, in the compute type.
-        weights: `(W, K)` in the compute type, or None for ones.
+        weights: as in `window_sums`, in the compute type.
         neighborhood: the taps.
         eps: added to the window sum inside the root.
 
@@ -86,8 +165,8 @@ def topographic(
 
     """
     dtype = compute_dtype(z.dtype)
-    v = window_sum(u.to(dtype).square(), neighborhood, weights)
-    return ((z.to(dtype) - mu) / torch.sqrt(v + eps)).to(z.dtype)
+    v = window_sums(u.to(dtype), neighborhood, weights)
+    return ((z.to(dtype) - mu) / torch.sqrt(v + eps).sum(0)).to(z.dtype)
 
 
 def topographic_backward(
@@ -97,15 +176,19 @@ def topographic_backward(
 
         dz = dt · r      dmu = -Σ dt · r      dw[i,k] = Σ g · u[tap]²      du[n] = 2 · u[n] · Σ_taps w · g[n - tap]
 
+    For neighbourhoods that are not plain, and weights for each capsule, what autograd makes of `topographic`.
+
     Args:
         dt: `(B, S, C, D)`, the gradient that arrives at `t`.
         z: as in `topographic`, and so are `u`, `mu`, `weights`, `neighborhood` and `eps`.
 
     Returns:
-        `dz` and `du` of shape `(B, S, C, D)` in the type of `z`; `dmu` of the shape of `mu` and `dw` of shape `(W, K)`
-        (None without weights) in the compute type.
+        `dz` and `du` of the shapes of `z` and `u` in the type of `z`; `dmu` and `dw` of the shapes of `mu` and
+        `weights` (None without weights) in the compute type.
 
     """
+    if not neighborhood.is_plain or (weights is not None and weights.ndim > 2):
+        return _differentiated(dt, z, u, mu, weights, neighborhood, eps)
     out, dtype = z.dtype, compute_dtype(z.dtype)
     dt, z, u = dt.to(dtype), z.to(dtype), u.to(dtype)
     squares = u.square()
@@ -115,6 +198,16 @@ def topographic_backward(
     du = 2 * u * window_sum(g, neighborhood, weights, adjoint=True)
     dw = None if weights is None else weight_gradient(g, squares, neighborhood)
     return dz.to(out), du.to(out), -dz.sum_to_size(mu.shape), dw
+
+
+def _differentiated(dt, z, u, mu, weights, neighborhood, eps) -> tuple[Tensor | None, ...]:
+    """The gradients by autograd, which can be differentiated again; None for what needs none."""
+    inputs = (z, u, mu, weights)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    with torch.enable_grad():
+        t = topographic(z, u, mu, weights, neighborhood, eps)
+        gradients = iter(torch.autograd.grad(t, wanted, dt, create_graph=True))
+    return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def weight_gradient(g: Tensor, squares: Tensor, neighborhood: Neighborhood) -> Tensor:

@@ -1,0 +1,184 @@
+"""The `torch` backend for windows that are not plain: sums over a table of pairs of elements, in one operation.
+
+Every element of `v` is a bag: the `u²` of its taps, each with its weight. PyTorch's `embedding_bag` adds up the bags of
+all elements in one pass, reading what it needs and no zeros, so that inf and NaN stay in the windows that hold them.
+The gradient of `u²` is the same operation on the pairs in the other order.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .neighborhood import Neighborhood
+from .reference import compute_dtype
+from .taps import Table, table
+
+
+class _Bags(NamedTuple):
+    """Pairs sorted by the element that they add to."""
+
+    source: Tensor  # (P,) number of the element that is added
+    starts: Tensor  # (elements + 1,) of each bag in `source`
+    entry: Tensor  # (P,) number of the coefficient, and of the weight
+
+
+class _Pairs(NamedTuple):
+    forward: _Bags  # from u to v
+    adjoint: _Bags  # from v to u
+    weights: Tensor  # (entries,) number of the weight
+    coefficients: Tensor  # (entries,)
+
+
+def forward(
+    z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float, save_r: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return `t`, and `r = (v + eps)^(-1/2)`: of one root of the shape of `z`, else as `kernels.shape_of_r` says."""
+    dtype = compute_dtype(z.dtype)
+    pairs, rows = _problem(z, u, weights, neighborhood)
+    v = _sums(pairs.forward, rows.of_u(u.to(dtype).square()), _factors(pairs, weights))
+    r = rows.to_roots(v).add_(eps).rsqrt_()
+    several = neighborhood.root_count > 1
+    r = torch.cat((r, r.reciprocal().sum(1, keepdim=True).reciprocal_()), 1) if several else r[:, 0]
+    t = (z.to(dtype) - mu) * _scale(r)
+    return (t if t.dtype == z.dtype else t.to(z.dtype)), (r if save_r else None)
+
+
+def backward(
+    dt: Tensor,
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor,
+    weights: Tensor | None,
+    r: Tensor,
+    neighborhood: Neighborhood,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of all four tensors; with `s = 1 / Σ 1/r`, that of `v` is `-½ · dt · (z - mu) · s² · r`."""
+    dtype = compute_dtype(z.dtype)
+    pairs, rows = _problem(z, u, weights, neighborhood)
+    s = _scale(r)
+    dz = dt.to(dtype) * s
+    g = (mu - z.to(dtype)).mul_(dz).mul_(s)
+    g = g[:, None] * (r[:, :-1] if neighborhood.root_count > 1 else r[:, None])  # twice: -½ and 2 meet in du
+    du = rows.to_u(_sums(pairs.adjoint, rows.of_roots(g), _factors(pairs, weights))).mul(u)
+    dw = None
+    if weights is not None:
+        dw = reference.weight_gradients(g.movedim(1, 0), u.to(dtype), neighborhood, weights.shape) / 2
+    return dz.to(z.dtype), du.to(u.dtype), -dz.sum_to_size(mu.shape), dw
+
+
+def _scale(r: Tensor) -> Tensor:
+    """`s`, from what is kept."""
+    return r if r.ndim == 4 else r[:, -1]
+
+
+class _Rows(NamedTuple):
+    """Tensors as matrices of a row for each element that pairs tell apart, and what they treat alike in its columns."""
+
+    z_shape: torch.Size
+    u_shape: torch.Size
+    roots: int
+    per_capsule: bool
+
+    def of_u(self, x: Tensor) -> Tensor:
+        order = (1, 2, 3, 0) if self.per_capsule else (1, 3, 0, 2)
+        return x.permute(order).flatten(0, 2 if self.per_capsule else 1).flatten(1).contiguous()
+
+    def to_u(self, x: Tensor) -> Tensor:
+        B, S, C, D = self.u_shape
+        return x.view(S, C, D, B).permute(3, 0, 1, 2) if self.per_capsule else x.view(S, D, B, C).permute(2, 0, 3, 1)
+
+    def of_roots(self, x: Tensor) -> Tensor:
+        order = (1, 2, 3, 4, 0) if self.per_capsule else (1, 2, 4, 0, 3)
+        return x.permute(order).flatten(0, 3 if self.per_capsule else 2).flatten(1).contiguous()
+
+    def to_roots(self, x: Tensor) -> Tensor:
+        """`(B, R, S, C, D)`."""
+        B, S, C, D = self.z_shape
+        if self.per_capsule:
+            return x.view(self.roots, S, C, D, B).permute(4, 0, 1, 2, 3)
+        return x.view(self.roots, S, D, B, C).permute(3, 0, 1, 4, 2)
+
+
+def _problem(z: Tensor, u: Tensor, weights: Tensor | None, neighborhood: Neighborhood) -> tuple[_Pairs, _Rows]:
+    own_weights = weights is not None and weights.ndim > len(neighborhood.weights_shape)
+    per_capsule = own_weights or neighborhood.speeds is not None
+    _, S, C, D = z.shape
+    pairs = _pairs(neighborhood, S, C if per_capsule else 1, D, own_weights, compute_dtype(z.dtype), z.device)
+    return pairs, _Rows(z.shape, u.shape, neighborhood.root_count, per_capsule)
+
+
+def _sums(bags: _Bags, x: Tensor, factors: Tensor) -> Tensor:
+    """`(elements, columns)` from rows of elements and a factor for each entry."""
+    if len(bags.starts) == 1 or x.shape[1] == 0:
+        return x.new_zeros(len(bags.starts) - 1, x.shape[1])
+    factors = factors[bags.entry]
+    return F.embedding_bag(
+        bags.source, x, bags.starts, mode="sum", per_sample_weights=factors, include_last_offset=True
+    )
+
+
+def _factors(pairs: _Pairs, weights: Tensor | None) -> Tensor:
+    return pairs.coefficients if weights is None else pairs.coefficients * weights.flatten()[pairs.weights]
+
+
+@lru_cache(maxsize=32)
+def _pairs(
+    neighborhood: Neighborhood, S: int, C: int, D: int, own_weights: bool, dtype: torch.dtype, device: torch.device
+) -> _Pairs:
+    """All pairs of elements of `v` and `u`, of C capsules that are not alike, or of one that stands for all."""
+    with torch.inference_mode(False):
+        entries = table(neighborhood, C, D, dtype, torch.device("cpu"))
+        (before, after), _ = neighborhood.padding()
+        D_U = entries.padded[0] * entries.padded[1] * entries.padded[2]
+        frames = _frames(entries, neighborhood, S, before + S + after)  # (E, S)
+        positions = _positions(entries, neighborhood)[entries.groups.long()]  # (C, E, D)
+        E = len(entries.times)
+        c, e = torch.arange(C)[:, None, None, None], torch.arange(E)[:, None, None]
+        l, d = torch.arange(S)[:, None], torch.arange(D)
+        row, column = frames[None, :, :, None], positions[:, :, None, :]  # (C, E, S, D) together
+        root = torch.bucketize(torch.arange(E), torch.tensor(entries.roots[1:]), right=True)[:, None, None]
+        source = (row * C + c) * D_U + column
+        target = ((root * S + l) * C + c) * D + d
+        entry = (c * E + e).expand_as(source)
+        inside = (row >= 0) & (column >= 0)
+        source, target, entry = (x.expand_as(inside)[inside] for x in (source, target, entry))
+        forward = _bags(source, target, entry, neighborhood.root_count * S * C * D, device)
+        adjoint = _bags(target, source, entry, (before + S + after) * C * D_U, device)
+        weights = entries.weights.long().repeat(C)
+        if own_weights:
+            weights += torch.arange(C).repeat_interleave(E) * (int(entries.weights.max()) + 1)
+        coefficients = entries.coefficients[entries.groups.long()].flatten()
+        return _Pairs(forward, adjoint, weights.to(device), coefficients.to(device))
+
+
+def _bags(source: Tensor, target: Tensor, entry: Tensor, count: int, device: torch.device) -> _Bags:
+    order = torch.argsort(target, stable=True)
+    starts = F.pad(torch.bincount(target, minlength=count).cumsum(0), (1, 0))
+    return _Bags(source[order].to(device), starts.to(device), entry[order].to(device))
+
+
+def _frames(entries: Table, neighborhood: Neighborhood, S: int, S_U: int) -> Tensor:
+    """`(E, S)`: the frame of `u` that a tap of each frame reads, or -1."""
+    frames = torch.arange(S) + entries.times[:, None]
+    if neighborhood.time_boundary == "circular":
+        return frames % S_U
+    return torch.where((frames >= 0) & (frames < S_U), frames, -1)
+
+
+def _positions(entries: Table, neighborhood: Neighborhood) -> Tensor:
+    """`(G, E, D)`: the position in `u` that a tap of each position reads, or -1."""
+    z = torch.stack(torch.meshgrid(*map(torch.arange, entries.lengths), indexing="ij"), -1).flatten(0, -2)  # (D, 3)
+    u = z + entries.offsets[:, :, None, :]
+    lengths = torch.tensor(entries.padded)
+    if neighborhood.capsule_boundary == "circular":
+        u = u % lengths
+    inside = ((u >= 0) & (u < lengths)).all(-1)
+    flat = (u[..., 0] * lengths[1] + u[..., 1]) * lengths[2] + u[..., 2]
+    return torch.where(inside, flat, -1)

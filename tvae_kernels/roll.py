@@ -1,0 +1,106 @@
+"""Moving activations along time and along capsules, by whole positions or by fractions, under any boundary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .neighborhood import Neighborhood, corners
+
+
+def along(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, length: int | None = None) -> Tensor:
+    """`x` of the element `offset` further on along one axis: around the circle, 0 outside, or out of the padding.
+
+    Args:
+        x: any tensor.
+        axis: of it.
+        offset: in elements, either way.
+        boundary: "circular", "zero", or "padded" if the axis has `before` elements before the first of `length`.
+        before: elements of padding before the axis proper.
+        length: of the axis without its padding.
+
+    """
+    if boundary == "padded":
+        return x.narrow(axis, before + offset, length)
+    if boundary == "circular":
+        return torch.roll(x, -offset, axis) if offset % x.shape[axis] else x
+    size = x.shape[axis]
+    offset = max(-size, min(size, offset))
+    after_it = x.ndim - 1 - axis % x.ndim  # axes, which F.pad counts from the last
+    return F.pad(x, (0, 0) * after_it + (-offset, offset))
+
+
+def at(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengths=None) -> Tensor:
+    """`x` at real offsets along its last axes, one for each, interpolated linearly between whole ones (Eq. 19).
+
+    Args:
+        x: `(..., D1, D2, ...)`.
+        offsets: one for each of the last axes.
+        boundary: of these axes, as in `along`.
+        padding: of each axis, before and after it.
+        lengths: of each axis without its padding.
+
+    """
+    first = x.ndim - len(offsets)
+    padding = padding or ((0, 0),) * len(offsets)
+    lengths = lengths or x.shape[first:]
+    total = None
+    for coefficient, whole in corners(offsets):
+        part = x
+        for axis, offset in enumerate(whole):
+            part = along(part, first + axis, offset, boundary, padding[axis][0], lengths[axis])
+        if coefficient != 1:
+            part = coefficient * part
+        total = part if total is None else total + part
+    return total
+
+
+def phase_shifted(x: Tensor, offset: float) -> Tensor:
+    """The periodic, band-limited signal through the values along the last axis, at `d + offset` for every `d`.
+
+    For an odd number of values the map is orthogonal. For an even number the highest frequency has no phase to shift,
+    and shrinks by `cos(π·offset)`; whole offsets are exact rolls either way.
+    """
+    if offset == int(offset):
+        return torch.roll(x, -int(offset) % x.shape[-1], -1)
+    frequencies = torch.arange(x.shape[-1] // 2 + 1, device=x.device, dtype=x.dtype)
+    angle = frequencies * (2 * math.pi * offset / x.shape[-1])
+    # irfft drops the imaginary part of the highest frequency, which leaves its cosine
+    return torch.fft.irfft(torch.fft.rfft(x) * torch.polar(torch.ones_like(angle), angle), n=x.shape[-1])
+
+
+def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int | None = None) -> Tensor:
+    """Capsules as their topography moves them in `steps` time steps: `Roll_steps(t)` of a capsule traversal (6.1).
+
+    Position `d` receives what was at `d - shift · steps`, with the shift, the speeds and the boundary of the
+    neighbourhood; what comes from outside a capsule that is not circular is 0. Equivalent to
+    `t.roll(steps * shift, -1)` for plain neighbourhoods.
+
+    Args:
+        t: `(..., capsule C, dim D)`.
+        steps: time steps, either way; fractions of a step are interpolated as fractions of a shift are.
+        neighborhood: the topography.
+        axis: the axis of the capsules to roll along, where each has a root of its own; None for all.
+
+    Returns:
+        Of the shape of `t`.
+
+    Raises:
+        ValueError: the capsules do not fit the neighbourhood, or there is no such axis.
+
+    """
+    neighborhood.check_fits(time=neighborhood.time_window, dim=t.shape[-1], capsules=t.shape[-2])
+    if axis is not None:
+        neighborhood = neighborhood.along(axis)
+    if neighborhood.speeds is not None:
+        parts = [roll_capsules(t[..., c : c + 1, :], steps, neighborhood.of_capsule(c)) for c in range(t.shape[-2])]
+        return torch.cat(parts, -2)
+    shift = neighborhood.shift if neighborhood.is_multidimensional else (neighborhood.shift,)
+    offsets = tuple(round(-s * steps, 12) for s in shift)
+    if neighborhood.roll == "fourier":
+        return phase_shifted(t, offsets[0])
+    boundary = "circular" if neighborhood.capsule_boundary == "circular" else "zero"
+    return at(t.unflatten(-1, neighborhood.lengths(t.shape[-1])), offsets, boundary).flatten(t.ndim - 1)
