@@ -491,10 +491,28 @@ def test_open_source(mnist_dir):
     assert isinstance(open_source("sprites", "test"), SpriteSequences)
     assert len(open_source("mnist", "validation", mnist_dir)) == 10
     with pytest.raises(
-        ValueError, match="unknown source 'cifar'; choose from sprites, dsprites, mnist, mnist-rotation-hue"
+        ValueError, match="unknown source 'cifar'; choose from sprites, sprites-shifts, dsprites, mnist,"
     ):
         open_source("cifar", "train")
     with pytest.raises(ValueError, match="unknown split 'valid'; choose from train, validation, test"):
         open_source("sprites", "valid")
     with pytest.raises(DataError, match="mnist is read from files: pass --data-dir"):
         open_source("mnist", "train")
+
+
+def test_still_digits_are_the_images_of_mnist(mnist_dir):
+    source = open_source("mnist-still", "test", mnist_dir)
+    examples = torch.tensor([3, 0])
+    batch = source.sequences(examples, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    assert batch.images.shape == (2, 1, 1, 28, 28)
+    assert torch.equal(batch.images[:, 0, 0] * 255, source.images[examples].float())
+
+
+def test_sprites_that_shift_do_nothing_else():
+    source = open_source("sprites-shifts", "train")
+    assert list(source.transformations.values()) == ["x", "y"]
+    batch = SequenceStream(source, 32, seed=0)[0]
+    assert set(batch.transformation.tolist()) == set(source.transformations)
+    still = batch.factors[:, 1:] == batch.factors[:, :1]
+    assert still[:, :, :3].all()  # shape, scale and orientation
+    assert not still[:, :, 3:].all(2).any()
