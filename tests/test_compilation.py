@@ -65,7 +65,9 @@ def test_every_problem_becomes_a_binary_for_every_target(kernels):
 def test_the_problems_reach_every_kernel(kernels):
     names = {k.name for k in kernels}
     assert names == {
-        f"{kind}_{direction}_kernel" for kind in ("whole", "tile", "taps") for direction in ("forward", "backward")
+        f"{kind}_{direction}_kernel"
+        for kind in ("whole", "tile", "taps", "fourier")
+        for direction in ("forward", "backward")
     }
 
 

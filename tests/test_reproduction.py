@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from tvae import evaluation, reproduction, training
+from tvae import evaluation, presets, reproduction, training
 from tvae.data import DataError
 from tvae.evaluation import Row
 from tvae.paper import BOUND, EXHIBITS, LOG_LIKELIHOOD, Exhibit, shown_in
@@ -61,7 +61,9 @@ def test_every_exhibit_has_presets_and_every_preset_is_exhibited():
     for exhibit in EXHIBITS.values():
         assert set(exhibit.models) <= set(PRESETS)
         assert set(exhibit.with_data("dsprites").models) <= set(PRESETS)
-    assert [name for name in PRESETS if not shown_in(name)] == [DEFAULT_PRESET]
+    # The paper proposes more topographies than it shows.
+    proposed = set(presets._topographies()) - {"mnist-still-tvae-torus"}
+    assert {name for name in PRESETS if not shown_in(name)} == {DEFAULT_PRESET} | proposed
 
 
 def test_printed_numbers_agree_with_what_is_known_of_them():

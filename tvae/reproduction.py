@@ -201,7 +201,7 @@ def _carry_out_at_once(jobs: list[Job], device: str, workers: int, console: Cons
             while waiting or running:
                 # No more than are at work: the pool would start what it holds even after an interruption.
                 while waiting and len(running) < workers:
-                    running.add(pool.submit(carry_out, waiting.pop(0), device))
+                    running.add(_submitted(pool, waiting.pop(0), device))
                 done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 if not all(future.result() for future in done):
                     raise KeyboardInterrupt
@@ -217,6 +217,15 @@ def _carry_out_at_once(jobs: list[Job], device: str, workers: int, console: Cons
     return True
 
 
+def _submitted(pool: ProcessPoolExecutor, job: Job, device: str) -> Future:
+    """The run, given to a worker. A new one inherits that it ignores interruptions, however long it takes to start."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(carry_out, job, device)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def _stop(running: set[Future]) -> None:
     """Interrupt the runs at work until each has saved its state: one that still starts does not listen yet."""
     while running:
@@ -226,8 +235,7 @@ def _stop(running: set[Future]) -> None:
 
 
 def _follow_parent(threads: int) -> None:
-    """Make a worker leave interruptions to the training in it, and end when its parent does, even by a kill."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make a worker end when its parent does, even by a kill."""
     torch.set_num_threads(threads)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 

@@ -85,7 +85,7 @@ def forward(
         w = weights
         problem = _Problem.of(z, u, mu, w, neighborhood, eps)
         strides = (*z.stride(), *u.stride(), *_mu_strides(z, mu), problem.weight_stride)
-        options = {"SAVE_R": save_r, "P": problem.compiled}
+        options = {"SAVE_R": save_r} | problem.options
         _launch(z, problem.kernels[0], problem.grid, z, u, mu, w, t, r, *problem.arguments, *strides, **options)
     else:
         grid = _grid(choice, choice.frames[0], B * C, S)
@@ -122,7 +122,7 @@ def backward(
             dw_parts = torch.empty((*problem.grid, problem.entries), dtype=accumulator, device=z.device)
         strides = (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(z, mu), problem.weight_stride)
         arguments = (dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, *problem.arguments)
-        _launch(z, problem.kernels[1], problem.grid, *arguments, *strides, P=problem.compiled)
+        _launch(z, problem.kernels[1], problem.grid, *arguments, *strides, **problem.options)
         dw = None
         if weights is not None:
             dw_parts = dw_parts.view(B, C, problem.tiles, problem.entries).sum(
@@ -253,7 +253,7 @@ class _Problem(NamedTuple):
     tiles_s: int
     tiles: int  # of a capsule, one program each
     arguments: tuple  # tables and sizes
-    compiled: Taps | Phases
+    options: dict  # what they are compiled for
     weight_stride: int  # between the weights of one capsule and the next
     entries: int  # whose gradients the backward pass leaves
     of_weights: Tensor  # which of them add up to that of each weight
@@ -274,7 +274,7 @@ class _Problem(NamedTuple):
             "ACC": _ACCUMULATOR[compute_dtype(z.dtype)],
         }
         if neighborhood.roll == "fourier" and not neighborhood.is_plain:
-            block_s = min(triton.next_power_of_2(max(S, steps, 1)), max(1, 1024 // block_d))
+            block_s = min(triton.next_power_of_2(max(S, steps, 1)), max(1, 512 // block_d))
             tiles_s = _ceiling(max(S, steps), block_s)
             h = phases(neighborhood, D, compute_dtype(z.dtype), z.device)
             fields |= {
@@ -286,7 +286,7 @@ class _Problem(NamedTuple):
                 "BLOCK_S": block_s,
                 "BLOCK_D": block_d,
             }
-            kernels, compiled = (fourier_forward_kernel, fourier_backward_kernel), Phases
+            kernels, compiled, warps = (fourier_forward_kernel, fourier_backward_kernel), Phases, 2
             tiles, arguments = tiles_s, (h, entries.groups, S, steps, C, tiles_s)
             count = neighborhood.time_window * neighborhood.capsule_window
             of_weights = torch.arange(count, device=z.device)[:, None]
@@ -306,15 +306,14 @@ class _Problem(NamedTuple):
             }
             fields |= {f"Z{axis}": n for axis, n in enumerate(entries.lengths)}
             fields |= {f"U{axis}": n for axis, n in enumerate(entries.padded)}
-            kernels, compiled = (taps_forward_kernel, taps_backward_kernel), Taps
+            kernels, compiled, warps = (taps_forward_kernel, taps_backward_kernel), Taps, 4
             tiles = tiles_s * tiles_d
             tables = (entries.times, entries.weights, entries.offsets, entries.coefficients, entries.groups)
             arguments = (*tables, S, steps, C, tiles_s, tiles_d)
             count, of_weights = len(entries.times), entries.of_weights
         compiled = compiled(**{name: tl.constexpr(value) for name, value in fields.items()})
-        return _Problem(
-            kernels, (B * C * tiles,), tiles_s, tiles, arguments, compiled, weight_stride, count, of_weights
-        )
+        options = {"P": compiled, "num_warps": warps}
+        return _Problem(kernels, (B * C * tiles,), tiles_s, tiles, arguments, options, weight_stride, count, of_weights)
 
 
 def _mu_strides(z: Tensor, mu: Tensor) -> tuple[int, int]:
