@@ -155,6 +155,15 @@ side, slants and widths change gradually, and what leaves at one edge comes in a
     tvae train mnist-still-tvae-torus --steps 3000 --optimizer adam --learning-rate 1e-3 --evaluation-sequences 1280
 
 ![The images that activate a torus of variables most](../results/mnist-still-tvae-torus-adam-3000-steps/torus.png)
+
+Capsules with a root for each of two axes, after 1,000 steps on sprites that move along x or along y. Rolled along
+axis 0, `t_0` continues the motion along y, and after some frames nearly the one along x as well; axis 1 has hardly
+taken up x yet. CapCorr is 0.95 for x and 0.92 for y (chance 0.28 and 0.08), along the axis that fits better
+([metrics](../results/sprites-shifts-tvae-axes-1000-steps/evaluation.json)).
+
+    tvae train sprites-shifts-tvae-axes --steps 1000 --evaluation-sequences 100
+
+![Traversals along each axis](../results/sprites-shifts-tvae-axes-1000-steps/traversals.png)
 """
 
 
