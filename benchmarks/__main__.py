@@ -73,6 +73,36 @@ def run_operation(samples: int = 15, match: str = "", output: Path | None = None
         run_report()
 
 
+def run_topographies(samples: int = 30, output: Path | None = None) -> None:
+    """Time the layer of every preset with a topography of its own beside the reference.
+
+    Args:
+        samples: of each peer in each direction; slow peers get fewer.
+        output: JSON file to write; by default benchmarks/results/topographies-MACHINE.json.
+
+    """
+    from . import peers, report, topographies
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = environment.describe()
+    file = output or results.path(described, device.type, "topographies")
+    content = {"environment": described, "unit": "us", "ours": peers.OURS[device.type], "cases": []}
+    chosen = list(topographies.topographies(device.type))
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for topography in chosen:
+
+            def say(what: str, topography=topography) -> None:
+                progress.update(task, description=f"{topography.name}: {what}")
+
+            content["cases"].append(topographies.measure(topography, device, samples, say))
+            progress.advance(task)
+    results.write(file, content)
+    console.print(Markdown(report.topographies_table(file)))
+    console.print(f"written to {file}")
+
+
 def run_report() -> None:
     """Fill the benchmark tables of README.md and docs/ and draw the figures, from the results at hand."""
     from . import report
@@ -161,6 +191,7 @@ def _name(data: dict) -> str:
 
 COMMANDS = {
     "operation": run_operation,
+    "topographies": run_topographies,
     "overhead": run_overhead,
     "machine-code": run_machine_code,
     "step": run_step,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,12 +70,19 @@ def cases(device_type: str) -> list[Case]:
 
 @dataclass
 class Problem:
-    """Tensors for one run: leaves `z`, `u` and `mu`, and the gradient `dt` that arrives at `t`."""
+    """Tensors for one run: leaves `z`, `u`, `mu` and perhaps weights, and the gradient `dt` that arrives at `t`."""
 
     z: Tensor
     u: Tensor
     mu: Tensor
     dt: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The leaves by name."""
+        named = {"z": self.z, "u": self.u, "mu": self.mu, "weights": self.weights}
+        return {name: x for name, x in named.items() if x is not None}
 
     @classmethod
     def random(cls, case: Case, device: torch.device, seed: int) -> Problem:
@@ -87,19 +94,20 @@ class Problem:
 
     def leaves(self) -> Problem:
         """The same values, ready for autograd."""
-        return Problem(*(x.detach().contiguous().requires_grad_() for x in (self.z, self.u, self.mu)), self.dt)
+        leaves = {name: x.detach().contiguous().requires_grad_() for name, x in self.inputs.items()}
+        return replace(self, **leaves)
 
     def forward(self, call: Callable) -> Tensor:
         """`t`, without keeping anything for a gradient."""
         with torch.no_grad():
-            return call(self.z, self.u, self.mu)
+            return call(*self.inputs.values())
 
     def both(self, call: Callable, between: Callable[[], object] = lambda: None) -> dict[str, Tensor]:
-        """`t` and the gradients `dz`, `du` and `dmu`; calls `between` when `t` is there."""
-        t = call(self.z, self.u, self.mu)
+        """`t` and the gradient `d…` of every input; calls `between` when `t` is there."""
+        t = call(*self.inputs.values())
         between()
-        gradients = torch.autograd.grad(t, (self.z, self.u, self.mu), self.dt)
-        return {"t": t.detach(), **dict(zip(("dz", "du", "dmu"), gradients, strict=True))}
+        gradients = torch.autograd.grad(t, tuple(self.inputs.values()), self.dt)
+        return {"t": t.detach()} | {f"d{name}": x for name, x in zip(self.inputs, gradients, strict=True)}
 
 
 class WrongResultError(AssertionError):
@@ -243,6 +251,14 @@ def measure(case: Case, device: torch.device, samples: int, say: Callable[[str],
     copies = Copies(case, device, count)
     timed["copy"] = lambda turn: copies.sample(clock, turn)
 
+    taken = in_turn(timed, samples, say)
+    return asdict(case) | {"samples": taken, "memory": memory, "error": errors, "not_timed": not_timed}
+
+
+def in_turn(
+    timed: dict[str, Callable[[int], dict[str, list[float]]]], samples: int, say: Callable[[str], object]
+) -> dict[str, dict[str, list[float]]]:
+    """Take samples of each in turn after a warm-up, fewer of the slow ones; by name and direction."""
     say("warm up")
     rounds = {}
     for name, run in timed.items():
@@ -257,7 +273,7 @@ def measure(case: Case, device: torch.device, samples: int, say: Callable[[str],
                 for direction, microseconds in run(turn).items():
                     taken[name][direction] += microseconds
                 turn += 3
-    return asdict(case) | {"samples": taken, "memory": memory, "error": errors, "not_timed": not_timed}
+    return taken
 
 
 def _peaks(case: Case, device: torch.device, problem: Problem, call: Callable) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The implementations that are timed against each other, all of one form: `(z, u, mu, neighborhood)` to `t`.
+"""The implementations that are timed against each other, all of one form: `(z, u, mu, neighborhood, weights)` to `t`.
 
 A peer's name is its function, alone for eager mode or with the way it is compiled: "reference", "reference compiled".
 """
@@ -30,8 +30,8 @@ NAMES = {
 }
 
 
-def build(name: str, neighborhood: Neighborhood) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The peer as a function of `z`, `u`, both `(B, S, C, D)`, and `mu`; compiled ones compile at their first call.
+def build(name: str, neighborhood: Neighborhood) -> Callable[..., Tensor]:
+    """The peer as a function of `z`, `u`, `mu` and perhaps weights; compiled ones compile at their first call.
 
     Raises:
         ValueError: no peer has this name.
@@ -42,25 +42,25 @@ def build(name: str, neighborhood: Neighborhood) -> Callable[[Tensor, Tensor, Te
         raise ValueError(f"a peer is one of {', '.join(FUNCTIONS)}, alone or with {', '.join(MODES)}; got {name!r}")
     function = FUNCTIONS[function_name]
 
-    def call(z: Tensor, u: Tensor, mu: Tensor) -> Tensor:
-        return function(z, u, mu, neighborhood)
+    def call(z: Tensor, u: Tensor, mu: Tensor, *weights: Tensor) -> Tensor:
+        return function(z, u, mu, neighborhood, *weights)
 
     return torch.compile(call, dynamic=False, mode=MODES[mode]) if mode else call
 
 
-def reference(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> Tensor:
+def reference(z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None) -> Tensor:
     """The equation as written, one tap at a time; its gradient by autograd."""
-    return topographic(z, u, mu, neighborhood, eps=EPS, backend="reference")
+    return topographic(z, u, mu, n, weights, EPS, "reference")
 
 
-def fallback(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> Tensor:
+def fallback(z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None) -> Tensor:
     """The package on any device."""
-    return topographic(z, u, mu, neighborhood, eps=EPS, backend="torch")
+    return topographic(z, u, mu, n, weights, EPS, "torch")
 
 
-def kernels(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> Tensor:
+def kernels(z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None) -> Tensor:
     """The package on a GPU."""
-    return topographic(z, u, mu, neighborhood, eps=EPS, backend="triton")
+    return topographic(z, u, mu, n, weights, EPS, "triton")
 
 
 def convolution(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def render(name: str, loaded: list[Result], folder: Path = ROOT) -> str:
     """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all`, `operation-KIND-figure`, or others.
 
     KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction. The others
-    are `machine-code` and `overhead`.
+    are `topographies`, `machine-code` and `overhead`.
     """
     if name in OTHERS:
         return OTHERS[name]()
@@ -161,7 +162,36 @@ def overhead_table(file: Path = results.FOLDER / "overhead.json") -> str:
     return f"{text}\n\n{_markdown(['call', 'time of the host'], rows)}"
 
 
-OTHERS = {"machine-code": machine_code_table, "overhead": overhead_table}
+def all_topographies(folder: Path = results.FOLDER) -> str:
+    """One table for each machine."""
+    files = sorted(folder.glob("topographies-*.json"))
+    missing = [] if any(file.stem != "topographies-cpu" for file in files) else [NOT_MEASURED]
+    return "\n\n".join([*map(topographies_table, files), *missing])
+
+
+def topographies_table(file: Path) -> str:
+    """Medians of ours, and how many times as long every peer takes."""
+    content = json.loads(file.read_text())
+    e, ours = content["environment"], content["ours"]
+    others = [peer for peer in content["cases"][0]["samples"] if peer != ours]
+    machine = f"{e['cpu']}, {e['threads']} threads" if file.stem == "topographies-cpu" else e["gpu"]
+    text = f"Measured on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
+    heads = ["layer of the preset", "shape (B, S, C, D)"]
+    names = [peer if " " in peer else f"eager {peer}" for peer in others]
+    for direction in ("forward", "forward + backward"):
+        heads += [f"{direction}: ours, `{ours}`", *names]
+    rows = []
+    for case in content["cases"]:
+        row = [f"`{case['preset']}`", ", ".join(map(str, case["shape"]))]
+        for direction in ("forward", "both"):
+            median = {peer: statistics.median(samples[direction]) for peer, samples in case["samples"].items()}
+            row.append(_milliseconds(median[ours]))
+            row += [f"{_milliseconds(median[peer])} ({median[peer] / median[ours]:.3g}x)" for peer in others]
+        rows.append(row)
+    return f"{text}\n\n{_markdown(heads, rows)}"
+
+
+OTHERS = {"topographies": all_topographies, "machine-code": machine_code_table, "overhead": overhead_table}
 
 
 def roofline(result: Result, file: Path) -> Path:

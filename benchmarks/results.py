@@ -14,10 +14,10 @@ FOLDER = Path(__file__).parent / "results"
 COMPILED = ("reference compiled", "reference max-autotune")
 
 
-def path(environment: dict, device_type: str, folder: Path = FOLDER) -> Path:
-    """`operation-cpu.json`, or for a GPU `operation-NAME-OF-THE-GPU.json`."""
+def path(environment: dict, device_type: str, what: str = "operation", folder: Path = FOLDER) -> Path:
+    """`operation-cpu.json`, or for a GPU `operation-NAME-OF-THE-GPU.json`; or of something else."""
     name = re.sub(r"[^a-z0-9]+", "-", environment["gpu"].lower()).strip("-") if device_type == "cuda" else "cpu"
-    return folder / f"operation-{name}.json"
+    return folder / f"{what}-{name}.json"
 
 
 def write(file: Path, content: dict) -> None:

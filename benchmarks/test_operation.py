@@ -35,14 +35,15 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def test_forward(benchmark, checked):
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_calls(benchmark, checked, direction):
     call, problem = checked
 
-    def forward():
-        problem.forward(call)
+    def run():
+        getattr(problem, direction)(call)
         _wait()
 
-    benchmark(forward)
+    benchmark(run)
 
 
 def test_backward(benchmark, checked):
@@ -58,16 +59,6 @@ def test_backward(benchmark, checked):
         _wait()
 
     benchmark.pedantic(backward, setup=graph, rounds=20, warmup_rounds=3)
-
-
-def test_both(benchmark, checked):
-    call, problem = checked
-
-    def both():
-        problem.both(call)
-        _wait()
-
-    benchmark(both)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])

@@ -147,7 +147,7 @@ Each has a preset: `mnist-still-tvae-torus`, `sprites-shifts-tvae-axes`, `sprite
 `-causal`, `-speeds` and `-learned`. `tvae train PRESET` trains, evaluates and draws it; E_eq and CapCorr follow the
 rolls of its topography, along the axis that fits better where there is a root for each.
 
-The torus after 3,000 steps of Adam, some ten minutes on a CPU core (the published code trains for 93,750 steps of SGD):
+The torus after 3,000 steps of Adam (the published code trains for 93,750 steps of SGD):
 for each of its 18 x 18 variables the one of 10,000 test images that activates it most. Digits of a class lie side by
 side, slants and widths change gradually, and what leaves at one edge comes in at the other, as in Fig. 3 of the paper
 ([metrics](../results/mnist-still-tvae-torus-adam-3000-steps/evaluation.json)).

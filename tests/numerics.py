@@ -139,7 +139,7 @@ class Problem:
             result["dmu"] = (in_dz + elements, (dt * r).sum_to_size(mu.shape))
         if weights is not None:
             in_dw = in_g + 2 + elements  # the two factors u, then one sum over everything
-            result["dweights"] = (in_dw, reference.weight_gradient(g, squares, self.neighborhood))
+            result["dweights"] = (in_dw, reference.weight_gradients(g[None], u, self.neighborhood, weights.shape))
 
         info, out = torch.finfo(compute_dtype(self.dtype)), torch.finfo(self.dtype)
         judges = 2 if self.dtype == torch.float64 else 1  # the judge then rounds as often as the judged

@@ -2,14 +2,26 @@
 
 import json
 import math
-from itertools import pairwise
+from dataclasses import replace
+from itertools import islice, pairwise
 
 import pytest
 import torch
 from numerics import Problem as Numerics
 from numerics import assert_within
 
-from benchmarks import __main__, devices, operation, overhead, peers, report, results, targets
+from benchmarks import (
+    __main__,
+    devices,
+    environment,
+    operation,
+    overhead,
+    peers,
+    report,
+    results,
+    targets,
+    topographies,
+)
 from benchmarks.operation import Case, Copies, Judge, Problem, WrongResultError
 from tvae_kernels import Neighborhood
 
@@ -75,6 +87,42 @@ def test_overhead_launches_nothing_and_puts_everything_back(monkeypatch):
     assert [len(x) for x in taken.values()] == [3] * 6
     assert all(x >= 0 for samples in taken.values() for x in samples)
     assert (kernels._launch, kernels.interpreted) == (launch, interpreted)
+
+
+def small_topographies():
+    """Those of all presets, with one sequence and two capsules."""
+    for topography in islice(topographies.topographies("cpu"), len(topographies.NAMES)):
+        _, *steps, capsules, dim = topography.shape
+        n = topography.neighborhood
+        speeds = n.speeds and n.speeds[:: capsules - 1]
+        yield replace(topography, neighborhood=replace(n, speeds=speeds), shape=(1, *steps, 2, dim))
+
+
+def test_every_topography_is_checked_and_timed_beside_its_reference(monkeypatch, small_cache):
+    for topography in small_topographies():
+        data = topographies.measure(topography, CPU, samples=2)
+        assert data["samples"].keys() == data["error"].keys() == {"torch", "reference"}
+        assert all(len(x) >= 2 for times in data["samples"].values() for x in times.values())
+        problem = topography.problem(CPU, seed=0)
+        call = peers.build("reference", topography.neighborhood)
+        monkeypatch.setitem(
+            peers.FUNCTIONS, "wrong", lambda z, u, mu, n, *w, call=call: call(z, u + 1e-3 * u.detach(), mu, *w)
+        )
+        with pytest.raises(WrongResultError, match=f"wrong: t of {topography.name}"):
+            topographies.check(topography, "wrong", problem)
+
+
+def test_topographies_are_reported_by_machine(tmp_path):
+    case = {"preset": "plain", "shape": [1, 2, 3, 4], "error": {}}
+    case["samples"] = {
+        "torch": {"forward": [1e3, 3e3, 2e3], "backward": [1], "both": [4e3]},
+        "reference": {"forward": [5e3], "backward": [1], "both": [6e3]},
+    }
+    content = {"environment": environment.describe(), "unit": "us", "ours": "torch", "cases": [case]}
+    results.write(tmp_path / "topographies-cpu.json", content)
+    text = report.all_topographies(tmp_path)
+    assert "| `plain` | 1, 2, 3, 4 | 2 ms | 5 ms (2.5x) | 4 ms | 6 ms (1.5x) |" in text
+    assert text.endswith(report.NOT_MEASURED)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tvae import training
 from tvae.data import SequenceStream
+from tvae.metrics import equivariance_error
 from tvae.presets import PRESETS, Config
 from tvae.run import Run, RunError
 from tvae.training import train
@@ -138,14 +139,18 @@ def test_another_seed_gives_another_model(tmp_path):
 def test_metrics_are_logged_with_the_values_of_the_batch(tmp_path, monkeypatch):
     seen = []
     measure = training.measure
-    monkeypatch.setattr(training, "measure", lambda elbo: seen.append(elbo) or measure(elbo))
-    run = Run.create(tmp_path / "run", replace(SMALL, steps=4))
+    monkeypatch.setattr(training, "measure", lambda elbo, rolls: seen.append((elbo, rolls)) or measure(elbo, rolls))
+    half = replace(SMALL, steps=4, neighborhood=replace(SMALL.neighborhood, shift=0.5))
+    run = Run.create(tmp_path / "run", half)
     assert train(run, "cpu")
     with (run.path / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "4"]
-    for row, elbo in zip(rows, seen, strict=True):
+    for row, (elbo, rolls) in zip(rows, seen, strict=True):
         assert float(row["loss"]) == pytest.approx(-elbo.total.mean().item())
+        assert rolls == half.neighborhood
+        expected = equivariance_error(elbo.t, half.neighborhood).mean().item()
+        assert float(row["equivariance_error"]) == pytest.approx(expected)
         total = float(row["log_likelihood"]) - float(row["kl_z"]) - float(row["kl_u"])
         assert -float(row["loss"]) == pytest.approx(total)
     assert list((run.path / "tensorboard").glob("events.*"))

@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
+from tvae_kernels import Neighborhood
+
 from .data import SequenceSource, SequenceStream
 from .metrics import equivariance_error
 from .models import ELBO, VAE
@@ -73,7 +75,7 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
             done += 1
 
             if done % LOG_EVERY == 0 or done == config.steps:
-                values = measure(elbo)
+                values = measure(elbo, model.module.rolls)
                 log.log(done, values)
                 show(done, values)
             if done % CHECKPOINT_EVERY == 0 or done == config.steps or interrupted():
@@ -106,14 +108,14 @@ def seed_noise(seed: int, step: int) -> None:
 
 
 @torch.no_grad()
-def measure(elbo: ELBO) -> dict[str, float]:
-    """The metrics of one batch, in nats a frame, and its E_eq."""
+def measure(elbo: ELBO, rolls: Neighborhood) -> dict[str, float]:
+    """The metrics of one batch, in nats a frame, and its E_eq under the rolls of the model's topography."""
     return {
         "loss": -elbo.total.mean().item(),
         "log_likelihood": elbo.log_likelihood.mean().item(),
         "kl_z": elbo.kl_z.mean().item(),
         "kl_u": elbo.kl_u.mean().item(),
-        "equivariance_error": equivariance_error(elbo.t).mean().item(),
+        "equivariance_error": equivariance_error(elbo.t, rolls).mean().item(),
     }
 
 

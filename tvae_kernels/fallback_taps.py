@@ -2,7 +2,8 @@
 
 Every element of `v` is a bag: the `u²` of its taps, each with its weight. PyTorch's `embedding_bag` adds up the bags of
 all elements in one pass, reading what it needs and no zeros, so that inf and NaN stay in the windows that hold them.
-The gradient of `u²` is the same operation on the pairs in the other order.
+The gradient of `u²` is the same operation on the pairs in the other order. A tap that an edge cuts off is a 0,
+as in the other backends: its weight may be NaN.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from .taps import Table, table
 class _Bags(NamedTuple):
     """Pairs sorted by the element that they add to."""
 
-    source: Tensor  # (P,) number of the element that is added
-    starts: Tensor  # (elements + 1,) of each bag in `source`
-    entry: Tensor  # (P,) number of the coefficient, and of the weight
+    source: Tensor  # (P,) int32: number of the element that is added; of v to u one more, which is 0
+    starts: Tensor  # (elements + 1,) int32: of each bag in `source`
+    entry: Tensor  # (P,) int32: number of the coefficient, and of the weight
 
 
 class _Pairs(NamedTuple):
@@ -38,10 +39,13 @@ class _Pairs(NamedTuple):
 def forward(
     z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float, save_r: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `t`, and `r = (v + eps)^(-1/2)`: of one root of the shape of `z`, else as `kernels.shape_of_r` says."""
+    """Return `t`, and `r = (v + eps)^(-1/2)`: of one root of the shape of `z`, else as `taps.shape_of_r` says."""
     dtype = compute_dtype(z.dtype)
     pairs, rows = _problem(z, u, weights, neighborhood)
-    v = _sums(pairs.forward, rows.of_u(u.to(dtype).square()), _factors(pairs, weights))
+    x = rows.of_u(u.to(dtype).square())
+    if "zero" in (neighborhood.time_boundary, neighborhood.capsule_boundary):
+        x = F.pad(x, (0, 0, 0, 1))
+    v = _sums(pairs.forward, x, _factors(pairs, weights))
     r = rows.to_roots(v).add_(eps).rsqrt_()
     several = neighborhood.root_count > 1
     r = torch.cat((r, r.reciprocal().sum(1, keepdim=True).reciprocal_()), 1) if several else r[:, 0]
@@ -118,7 +122,7 @@ def _sums(bags: _Bags, x: Tensor, factors: Tensor) -> Tensor:
     """`(elements, columns)` from rows of elements and a factor for each entry."""
     if len(bags.starts) == 1 or x.shape[1] == 0:
         return x.new_zeros(len(bags.starts) - 1, x.shape[1])
-    factors = factors[bags.entry]
+    factors = factors.index_select(0, bags.entry)
     return F.embedding_bag(
         bags.source, x, bags.starts, mode="sum", per_sample_weights=factors, include_last_offset=True
     )
@@ -128,7 +132,7 @@ def _factors(pairs: _Pairs, weights: Tensor | None) -> Tensor:
     return pairs.coefficients if weights is None else pairs.coefficients * weights.flatten()[pairs.weights]
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # they can be as large as the tensors
 def _pairs(
     neighborhood: Neighborhood, S: int, C: int, D: int, own_weights: bool, dtype: torch.dtype, device: torch.device
 ) -> _Pairs:
@@ -148,9 +152,11 @@ def _pairs(
         target = ((root * S + l) * C + c) * D + d
         entry = (c * E + e).expand_as(source)
         inside = (row >= 0) & (column >= 0)
-        source, target, entry = (x.expand_as(inside)[inside] for x in (source, target, entry))
-        forward = _bags(source, target, entry, neighborhood.root_count * S * C * D, device)
-        adjoint = _bags(target, source, entry, (before + S + after) * C * D_U, device)
+        elements = (before + S + after) * C * D_U
+        source, target, entry = (x.expand_as(inside) for x in (source, target, entry))
+        bag = torch.where(inside, source, elements).flatten(), target.flatten(), entry.flatten()
+        forward = _bags(*bag, neighborhood.root_count * S * C * D, device)
+        adjoint = _bags(target[inside], source[inside], entry[inside], elements, device)
         weights = entries.weights.long().repeat(C)
         if own_weights:
             weights += torch.arange(C).repeat_interleave(E) * (int(entries.weights.max()) + 1)
@@ -161,7 +167,7 @@ def _pairs(
 def _bags(source: Tensor, target: Tensor, entry: Tensor, count: int, device: torch.device) -> _Bags:
     order = torch.argsort(target, stable=True)
     starts = F.pad(torch.bincount(target, minlength=count).cumsum(0), (1, 0))
-    return _Bags(source[order].to(device), starts.to(device), entry[order].to(device))
+    return _Bags(*(x.to(device, torch.int32) for x in (source[order], starts, entry[order])))
 
 
 def _frames(entries: Table, neighborhood: Neighborhood, S: int, S_U: int) -> Tensor:

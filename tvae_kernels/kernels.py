@@ -3,10 +3,10 @@
 Importing this module needs Triton. With `TRITON_INTERPRET=1` set before the first import the same kernels run through
 Triton's interpreter on tensors of any device, slowly, for tests.
 
-Here the kernels are chosen and launched; `kernels_plain` and `kernels_taps` hold them. All only gather (an output
-element is written by one program, once), so there are no atomics and two runs give the same bits. What a kernel is
-compiled for depends on the neighbourhood, the type, D, and for short sequences S, never on the batch: nothing is tuned
-at run time.
+Here the kernels are chosen and launched; `kernels_plain`, `kernels_taps` and `kernels_fourier` hold them. All only
+gather (an output element is written by one program, once), so there are no atomics and two runs give the same bits.
+What a kernel is compiled for depends on the neighbourhood, the type, D, and for short sequences S, never on the batch:
+nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def forward(
     save_r = save_r and _reads_r(choice)
     r = torch.empty(shape_of_r(z, neighborhood), dtype=compute_dtype(z.dtype), device=z.device) if save_r else None
     if choice is None:
-        w = weights
-        problem = _Problem.of(z, u, mu, w, neighborhood, eps)
-        strides = (*z.stride(), *u.stride(), *_mu_strides(z, mu), problem.weight_stride)
-        options = {"SAVE_R": save_r} | problem.options
-        _launch(z, problem.kernels[0], problem.grid, z, u, mu, w, t, r, *problem.arguments, *strides, **options)
+        problem = _problem(z, u, weights, neighborhood, eps)
+        grid = (B * C * problem.tiles,)
+        arguments = (z, u, mu, weights, t, r, *problem.arguments, *z.stride(), *u.stride())
+        arguments += (*_mu_strides(z, mu), _weight_stride(weights, neighborhood))
+        _launch(z, problem.kernels[0], grid, *arguments, SAVE_R=save_r, **problem.options)
     else:
         grid = _grid(choice, choice.frames[0], B * C, S)
         strides = (B * C, C, S, *z.stride(), *u.stride())
@@ -115,20 +115,17 @@ def backward(
     accumulator = compute_dtype(z.dtype)
     choice = _choose(z, u, dt, mu, weights, neighborhood, eps)
     if choice is None:
-        problem = _Problem.of(z, u, mu, weights, neighborhood, eps)
+        problem = _problem(z, u, weights, neighborhood, eps)
         dmu_parts = torch.empty((B, problem.tiles_s, C, D), dtype=accumulator, device=z.device)
-        dw_parts = None
-        if weights is not None:
-            dw_parts = torch.empty((*problem.grid, problem.entries), dtype=accumulator, device=z.device)
-        strides = (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(z, mu), problem.weight_stride)
+        dw_parts = None if weights is None else weights.new_empty((B, C, problem.tiles, problem.parts))
+        weight_stride = _weight_stride(weights, neighborhood)
         arguments = (dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, *problem.arguments)
-        _launch(z, problem.kernels[1], problem.grid, *arguments, *strides, **problem.options)
+        arguments += (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(z, mu), weight_stride)
+        _launch(z, problem.kernels[1], (B * C * problem.tiles,), *arguments, **problem.options)
         dw = None
         if weights is not None:
-            dw_parts = dw_parts.view(B, C, problem.tiles, problem.entries).sum(
-                (0, 2) if problem.weight_stride else (0, 1, 2)
-            )
-            dw = weight_sums(dw_parts, problem.of_weights, weights.shape)
+            parts = dw_parts.sum((0, 2) if weight_stride else (0, 1, 2))
+            dw = weight_sums(parts, problem.of_weights, weights.shape)
         return dz, du, dmu_parts.sum_to_size(mu.shape), dw
 
     grid = _grid(choice, choice.frames[1], B * C, S)
@@ -239,7 +236,11 @@ def _frames_of_a_tile(steps: int, window: int, circular: bool, most: int) -> tup
 
 def _plan(fields: dict, lanes: int) -> Plan:
     fields = fields | {"LANES": lanes, "CAPSULES": lanes // fields["D"]}
-    return Plan(**{name: tl.constexpr(value) for name, value in fields.items()})
+    return _constants(Plan, fields)
+
+
+def _constants(kind: type, fields: dict):
+    return kind(**{name: tl.constexpr(value) for name, value in fields.items()})
 
 
 # --- all other windows ------------------------------------------------------------------------------------------------
@@ -249,71 +250,97 @@ class _Problem(NamedTuple):
     """What the kernels for all other windows are given beside tensors."""
 
     kernels: tuple  # forward and backward
-    grid: tuple[int]
+    options: dict  # what they are compiled for
+    arguments: tuple  # tables and sizes
     tiles_s: int
     tiles: int  # of a capsule, one program each
-    arguments: tuple  # tables and sizes
-    options: dict  # what they are compiled for
-    weight_stride: int  # between the weights of one capsule and the next
-    entries: int  # whose gradients the backward pass leaves
-    of_weights: Tensor  # which of them add up to that of each weight
+    of_weights: Tensor  # which of the gradients that the backward pass leaves add up to that of each weight
+    parts: int  # number of these gradients
 
-    @staticmethod
-    def of(z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float):
-        B, S, C, D = z.shape
-        steps, dim = u.shape[1], u.shape[3]
-        weight_stride = 0
-        if weights is not None and weights.ndim > len(neighborhood.weights_shape):
-            weight_stride = weights.stride(0)
-        entries = table(neighborhood, C, D, compute_dtype(z.dtype), z.device)
-        block_d = triton.next_power_of_2(max(D, dim, 1))
-        fields = {
-            "TIME_CIRCULAR": neighborhood.time_boundary == "circular",
-            "WEIGHTED": weights is not None,
-            "EPS": eps,
-            "ACC": _ACCUMULATOR[compute_dtype(z.dtype)],
-        }
-        if neighborhood.roll == "fourier" and not neighborhood.is_plain:
-            block_s = min(triton.next_power_of_2(max(S, steps, 1)), max(1, 512 // block_d))
-            tiles_s = _ceiling(max(S, steps), block_s)
-            h = phases(neighborhood, D, compute_dtype(z.dtype), z.device)
-            fields |= {
-                "D": D,
-                "FIRST_I": 0 if neighborhood.time_boundary == "padded" else neighborhood.time_taps.start,
-                "W": neighborhood.time_window,
-                "FIRST_K": neighborhood.capsule_taps.start,
-                "K": neighborhood.capsule_window,
-                "BLOCK_S": block_s,
-                "BLOCK_D": block_d,
-            }
-            kernels, compiled, warps = (fourier_forward_kernel, fourier_backward_kernel), Phases, 2
-            tiles, arguments = tiles_s, (h, entries.groups, S, steps, C, tiles_s)
-            count = neighborhood.time_window * neighborhood.capsule_window
-            of_weights = torch.arange(count, device=z.device)[:, None]
-        else:
-            block_d = min(block_d, 64)
-            block_s = min(triton.next_power_of_2(max(S, steps, 1)), 1024 // block_d)
-            tiles_s, tiles_d = _ceiling(max(S, steps), block_s), _ceiling(max(D, dim), block_d)
-            fields |= {
-                "ENTRIES": entries.roots[-1],
-                "ROOTS": neighborhood.root_count,
-                "END_0": entries.roots[1],
-                "END_1": entries.roots[min(2, neighborhood.root_count)],
-                "AXES": len(neighborhood.lengths(D)),
-                "CAPSULE_CIRCULAR": neighborhood.capsule_boundary == "circular",
-                "BLOCK_S": block_s,
-                "BLOCK_D": block_d,
-            }
-            fields |= {f"Z{axis}": n for axis, n in enumerate(entries.lengths)}
-            fields |= {f"U{axis}": n for axis, n in enumerate(entries.padded)}
-            kernels, compiled, warps = (taps_forward_kernel, taps_backward_kernel), Taps, 4
-            tiles = tiles_s * tiles_d
-            tables = (entries.times, entries.weights, entries.offsets, entries.coefficients, entries.groups)
-            arguments = (*tables, S, steps, C, tiles_s, tiles_d)
-            count, of_weights = len(entries.times), entries.of_weights
-        compiled = compiled(**{name: tl.constexpr(value) for name, value in fields.items()})
-        options = {"P": compiled, "num_warps": warps}
-        return _Problem(kernels, (B * C * tiles,), tiles_s, tiles, arguments, options, weight_stride, count, of_weights)
+
+def _problem(z: Tensor, u: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float) -> _Problem:
+    _, S, C, D = z.shape
+    by_phase = neighborhood.roll == "fourier" and not neighborhood.is_plain
+    function = _phases_problem if by_phase else _taps_problem
+    return function(neighborhood, S, u.shape[1], C, D, u.shape[3], weights is not None, eps, z.dtype, z.device)
+
+
+@lru_cache(maxsize=256)
+def _taps_problem(
+    n: Neighborhood, S: int, S_U: int, C: int, D: int, D_U: int, weighted: bool, eps: float, dtype, device
+) -> _Problem:
+    entries = table(n, C, D, compute_dtype(dtype), device)
+    block_d = min(triton.next_power_of_2(max(D, D_U, 1)), 64)
+    block_s = min(triton.next_power_of_2(max(S, S_U, 1)), 1024 // block_d)
+    tiles_s, tiles_d = _ceiling(max(S, S_U), block_s), _ceiling(max(D, D_U), block_d)
+    fields = {
+        "ENTRIES": entries.roots[-1],
+        "ROOTS": n.root_count,
+        "END_0": entries.roots[1],
+        "END_1": entries.roots[min(2, n.root_count)],
+        "AXES": len(n.lengths(D)),
+        "CAPSULE_CIRCULAR": n.capsule_boundary == "circular",
+        **{f"Z{axis}": length for axis, length in enumerate(entries.lengths)},
+        **{f"U{axis}": length for axis, length in enumerate(entries.padded)},
+        **_common_fields(n, weighted, eps, dtype, block_s, block_d),
+    }
+    tables = (entries.times, entries.weights, entries.offsets, entries.coefficients, entries.groups)
+    return _Problem(
+        (taps_forward_kernel, taps_backward_kernel),
+        {"P": _constants(Taps, fields), "num_warps": 4},
+        (*tables, S, S_U, C, tiles_s, tiles_d),
+        tiles_s,
+        tiles_s * tiles_d,
+        entries.of_weights,
+        len(entries.times),
+    )
+
+
+@lru_cache(maxsize=256)
+def _phases_problem(
+    n: Neighborhood, S: int, S_U: int, C: int, D: int, D_U: int, weighted: bool, eps: float, dtype, device
+) -> _Problem:
+    block_d = triton.next_power_of_2(max(D, 1))
+    block_s = min(triton.next_power_of_2(max(S, S_U, 1)), max(1, 512 // block_d))
+    tiles_s = _ceiling(max(S, S_U), block_s)
+    fields = {
+        "D": D,
+        "FIRST_I": 0 if n.time_boundary == "padded" else n.time_taps.start,
+        "W": n.time_window,
+        "FIRST_K": n.capsule_taps.start,
+        "K": n.capsule_window,
+        **_common_fields(n, weighted, eps, dtype, block_s, block_d),
+    }
+    h, groups = phases(n, D, compute_dtype(dtype), device), table(n, C, D, compute_dtype(dtype), device).groups
+    weights = n.time_window * n.capsule_window
+    with torch.inference_mode(False):  # it is kept for calls that train
+        of_weights = torch.arange(weights, device=device)[:, None]
+    return _Problem(
+        (fourier_forward_kernel, fourier_backward_kernel),
+        {"P": _constants(Phases, fields), "num_warps": 2},
+        (h, groups, S, S_U, C, tiles_s),
+        tiles_s,
+        tiles_s,
+        of_weights,
+        weights,
+    )
+
+
+def _common_fields(n: Neighborhood, weighted: bool, eps: float, dtype, block_s: int, block_d: int) -> dict:
+    return {
+        "TIME_CIRCULAR": n.time_boundary == "circular",
+        "WEIGHTED": weighted,
+        "EPS": eps,
+        "ACC": _ACCUMULATOR[compute_dtype(dtype)],
+        "BLOCK_S": block_s,
+        "BLOCK_D": block_d,
+    }
+
+
+def _weight_stride(weights: Tensor | None, neighborhood: Neighborhood) -> int:
+    """Between the weights of one capsule and the next; 0 where all capsules share them."""
+    own = weights is not None and weights.ndim > len(neighborhood.weights_shape)
+    return weights.stride(0) if own else 0
 
 
 def _mu_strides(z: Tensor, mu: Tensor) -> tuple[int, int]:

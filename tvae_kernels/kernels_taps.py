@@ -144,7 +144,7 @@ def taps_forward_kernel(
     b, c, _, frames, positions = _tile(C, TILES_S, TILES_D, P)
     l, d = frames[:, None], positions[None, :]
     inside = (l < S) & (d < D)
-    size = (b * 0 + S) * C * D  # of a sequence
+    size = tl.full((), D, tl.int64) * S * C  # of a sequence
     at = (l.to(tl.int64) * C + c) * D + d
     t += b * size
     if SAVE_R:
@@ -218,7 +218,7 @@ def taps_backward_kernel(
     z += b * z_stride_b + c * z_stride_c
     u += b * u_stride_b + c * u_stride_c
     mu += c * mu_stride_c
-    size = (b * 0 + S) * C * D  # of a sequence
+    size = tl.full((), D, tl.int64) * S * C  # of a sequence
     r += b * (P.ROOTS + (P.ROOTS > 1)) * size + c * D
     group = tl.load(groups + c)
     offsets += group * P.ENTRIES * 3

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .neighborhood import Neighborhood, Tap
@@ -30,25 +29,10 @@ def shifted(x: Tensor, time: int, capsule: int, neighborhood: Neighborhood) -> T
 
     Equivalent to `torch.roll(x, (-time, -capsule), dims=(1, 3))` where both axes are circular.
     """
-    _, steps, _, dim = x.shape
-    rolls = {}
-    crop_and_pad = [0] * 6  # of the last three axes, last first: (capsule start, end, -, -, time start, end)
-    if neighborhood.time_boundary == "circular":
-        rolls[1] = -time % steps
-    else:
-        crop_and_pad[4:6] = _crop_start_pad_end(time, steps)
-    if neighborhood.capsule_boundary == "circular":
-        rolls[3] = -capsule % dim
-    else:
-        crop_and_pad[0:2] = _crop_start_pad_end(capsule, dim)
-    if any(rolls.values()):
-        x = torch.roll(x, tuple(rolls.values()), tuple(rolls.keys()))
-    return F.pad(x, crop_and_pad) if any(crop_and_pad) else x
-
-
-def _crop_start_pad_end(offset: int, size: int) -> tuple[int, int]:
-    offset = max(-size, min(size, offset))
-    return -offset, offset
+    if neighborhood.time_boundary == neighborhood.capsule_boundary == "circular":  # in one pass
+        rolls = -time % x.shape[1], -capsule % x.shape[3]
+        return torch.roll(x, rolls, (1, 3)) if any(rolls) else x
+    return along(along(x, 1, time, neighborhood.time_boundary), 3, capsule, neighborhood.capsule_boundary)
 
 
 def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, adjoint: bool = False) -> Tensor:
@@ -114,12 +98,14 @@ def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tup
         u = u.unflatten(3, [n + sum(more) for n, more in zip(neighborhood.axes, padding, strict=True)])
     lengths = tuple(n - sum(more) for n, more in zip(u.shape[3:], padding, strict=True))
     steps = u.shape[1] - before - after
+    by_phase = neighborhood.roll == "fourier" and not neighborhood.is_plain
+    source = u if by_phase else u.square()
     for tap in neighborhood.taps():
-        x = along(u, 1, tap.time, neighborhood.time_boundary, before, steps)
-        if neighborhood.roll == "fourier":
+        x = along(source, 1, tap.time, neighborhood.time_boundary, before, steps)
+        if by_phase:
             x = at(phase_shifted(x, tap.roll[0]).square(), tap.window, "circular")
         else:
-            x = at(x.square(), tap.offsets, neighborhood.capsule_boundary, padding, lengths)
+            x = at(x, tap.offsets, neighborhood.capsule_boundary, padding, lengths)
         yield tap, x.flatten(3)
 
 
@@ -134,7 +120,7 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
 
     """
     own_weights = len(shape) > len(neighborhood.weights_shape)
-    if neighborhood.speeds is not None or own_weights:
+    if neighborhood.speeds is not None:
         padding = neighborhood.padding()
         capsules = [
             weight_gradients(
@@ -143,8 +129,9 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
             for c in range(u.shape[2])
         ]
         return torch.stack(capsules) if own_weights else sum(capsules)
-    parts = {tap.weight: (g[tap.root] * x).sum() for tap, x in _values(u, neighborhood, padding)}
-    return torch.stack([parts[number] for number in range(len(parts))]).reshape(shape)
+    summed = (0, 1, 3) if own_weights else (0, 1, 2, 3)
+    parts = {tap.weight: (g[tap.root] * x).sum(summed) for tap, x in _values(u, neighborhood, padding)}
+    return torch.stack([parts[number] for number in range(len(parts))], -1).reshape(shape)
 
 
 def topographic(
@@ -191,12 +178,11 @@ def topographic_backward(
         return _differentiated(dt, z, u, mu, weights, neighborhood, eps)
     out, dtype = z.dtype, compute_dtype(z.dtype)
     dt, z, u = dt.to(dtype), z.to(dtype), u.to(dtype)
-    squares = u.square()
-    r = (window_sum(squares, neighborhood, weights) + eps).rsqrt()
+    r = (window_sum(u.square(), neighborhood, weights) + eps).rsqrt()
     dz = dt * r
     g = -0.5 * dz * (z - mu) * r * r
     du = 2 * u * window_sum(g, neighborhood, weights, adjoint=True)
-    dw = None if weights is None else weight_gradient(g, squares, neighborhood)
+    dw = None if weights is None else weight_gradients(g[None], u, neighborhood, weights.shape)
     return dz.to(out), du.to(out), -dz.sum_to_size(mu.shape), dw
 
 
@@ -208,12 +194,3 @@ def _differentiated(dt, z, u, mu, weights, neighborhood, eps) -> tuple[Tensor | 
         t = topographic(z, u, mu, weights, neighborhood, eps)
         gradients = iter(torch.autograd.grad(t, wanted, dt, create_graph=True))
     return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
-
-
-def weight_gradient(g: Tensor, squares: Tensor, neighborhood: Neighborhood) -> Tensor:
-    """`dw[i, k] = Σ_{b,l,c,d} g · u[tap]²`, of shape `(W, K)`."""
-    rows = [
-        torch.stack([(g * shifted(squares, i, neighborhood.shift * i + k, neighborhood)).sum() for k in taps])
-        for i, taps in ((i, neighborhood.capsule_taps) for i in neighborhood.time_taps)
-    ]
-    return torch.stack(rows)

@@ -26,7 +26,7 @@ def along(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, len
     if boundary == "padded":
         return x.narrow(axis, before + offset, length)
     if boundary == "circular":
-        return torch.roll(x, -offset, axis) if offset % x.shape[axis] else x
+        return torch.roll(x, -offset % x.shape[axis], axis) if offset % x.shape[axis] else x
     size = x.shape[axis]
     offset = max(-size, min(size, offset))
     after_it = x.ndim - 1 - axis % x.ndim  # axes, which F.pad counts from the last

@@ -56,7 +56,9 @@ def table(neighborhood: Neighborhood, capsules: int, dim: int, dtype: torch.dtyp
     def tensor(x, dtype=torch.int32):
         return torch.tensor(x, dtype=dtype).to(device)
 
-    mine = [[e for e, number in enumerate(weights) if number == weight] for weight in range(max(weights) + 1)]
+    mine = [[] for _ in range(max(weights) + 1)]
+    for entry, number in enumerate(weights):
+        mine[number].append(entry)
     most = max(map(len, mine))
     missing = (1,) * (AXES - len(lengths))
     with torch.inference_mode(False):

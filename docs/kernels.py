@@ -1,4 +1,4 @@
-"""The picture of docs/performance.md: how the kernels take window sums. `python -m benchmarks.diagram` draws it."""
+"""The picture of docs/performance.md: how the kernels take window sums. `python docs/kernels.py` draws it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-FILE = Path(__file__).parent.parent / "docs" / "kernels.png"
+FILE = Path(__file__).with_suffix(".png")
 PALE, WINDOW, SUFFIX, PREFIX = "0.94", "tab:orange", "tab:green", "tab:purple"
 
 
@@ -98,7 +98,6 @@ def draw(file: Path = FILE) -> Path:
         axis.title.set_fontsize(10.5)
     axes[0].set_aspect("equal")
     axes[0].set(xticks=[], yticks=[])
-    file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file
