@@ -7,7 +7,7 @@ import torch
 from torch import distributions as D
 
 from tvae import TVAE, VAE, BubbleVAE
-from tvae.models import Gaussian, kl_from_prior
+from tvae.models import ELBO, Gaussian, kl_from_prior
 from tvae_kernels import Neighborhood, topographic
 
 SHAPE = (2, 5, 4)
@@ -121,6 +121,17 @@ def test_t_is_the_topographic_variable_of_the_sampled_z_and_u(x):
     z, u = qz.rsample(), qu.rsample()
     expected = topographic(z, u, model.topographic.mu, Neighborhood(4, 3), backend="reference")
     torch.testing.assert_close(t, expected)
+
+
+def test_parts_of_a_batch_draw_the_noise_of_the_whole():
+    model = TVAE((1, 4, 4), 3, 5, Neighborhood(3, 2))
+    x = torch.rand(5, 4, 1, 4, 4)
+    torch.manual_seed(0)
+    whole = model(x)
+    torch.manual_seed(0)
+    part = model(x[2:4], first=2, of=5)
+    for name in ELBO._fields:
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[2:4])
 
 
 def test_without_sampling_t_is_taken_at_the_means_of_z_and_of_u_squared(x):

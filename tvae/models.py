@@ -175,10 +175,18 @@ class VAE(nn.Module):
         """The decoder's output for every frame: logits (Bernoulli) or means (Gaussian)."""
         return self.decoder(t.flatten(2)).unflatten(-1, self.image_shape)
 
-    def forward(self, x: Images) -> ELBO:
-        """One sample of the evidence lower bound of every frame (Eq. 12), by its terms."""
+    def forward(self, x: Images, first: int = 0, of: int | None = None) -> ELBO:
+        """One sample of the evidence lower bound of every frame (Eq. 12), by its terms.
+
+        Args:
+            x: sequences.
+            first: number of the first of them in a batch that several processes share,
+            of: and how many sequences that batch has. Processes whose generators are in one state then draw for all of
+                it the noise that a single process would.
+
+        """
         qz, qu = self.posterior(x)
-        t = self.topography(qz.rsample(), None if qu is None else qu.rsample())
+        t = self.topography(sampled(qz, first, of), None if qu is None else sampled(qu, first, of))
         log_likelihood = self.likelihood.log_prob(self.decode(t), x)
         kl_z = kl_from_prior(qz)
         kl_u = torch.zeros_like(kl_z) if qu is None else kl_from_prior(qu)
@@ -349,6 +357,13 @@ def folded(x: Tensor, steps: int, before: int) -> Frames:
     return torch.cat((inside[:, :1] + first.sum(1, keepdim=True), inside[:, 1:]), 1) + F.pad(
         last.sum(1, keepdim=True), (steps - 1, 0)
     )
+
+
+def sampled(q: Normal, first: int = 0, of: int | None = None) -> Capsules:
+    """A differentiable sample, with the noise of sequences `first` … of a batch of `of`; by default, the whole batch."""
+    batch, *rest = q.mean.shape
+    noise = torch.randn(batch if of is None else of, *rest, dtype=q.mean.dtype, device=q.mean.device)
+    return q.mean + noise[first : first + batch] * q.stddev
 
 
 def kl_from_prior(q: Normal) -> Frames:
