@@ -360,7 +360,7 @@ def folded(x: Tensor, steps: int, before: int) -> Frames:
 
 
 def sampled(q: Normal, first: int = 0, of: int | None = None) -> Capsules:
-    """A differentiable sample, with the noise of sequences `first` … of a batch of `of`; by default, the whole batch."""
+    """A differentiable sample, with the noise of sequences `first` … of a batch of `of`; by default, of a whole one."""
     batch, *rest = q.mean.shape
     noise = torch.randn(batch if of is None else of, *rest, dtype=q.mean.dtype, device=q.mean.device)
     return q.mean + noise[first : first + batch] * q.stddev
