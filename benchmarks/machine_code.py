@@ -27,9 +27,10 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float64": "*fp64"}
-POINTERS = TYPES | {"int32": "*i32"}
+POINTERS = TYPES | {"int32": "*i32", "int64": "*i64"}
 HEADS = ["problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions", "loaded", "stored"]
 FLOOR = {"forward": (2, 1), "backward": (3, 2)}  # elements that must be read and written, an element
+FLOOR_OF_LATENTS = {"forward": (4, 1), "backward": (5, 4)}  # from means and log-variances
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Form:
     neighborhood: Neighborhood
     types: tuple[str, ...] = ("float32",)
     weighted: bool = False
+    latents: bool = False  # from the encoders' outputs
     targets: tuple[str, ...] = tuple(TARGETS)
 
 
@@ -49,6 +51,8 @@ FORMS = (
     Form("short", (8, 18, 18, 18), Neighborhood(5, 9)),
     Form("short", (8, 15, 15, 15), Neighborhood(10, 1), ("float32", "bfloat16")),
     Form("short, time cut", (8, 32, 16, 32), Neighborhood(5, 3, time_boundary="zero")),
+    Form("latents", (8, 18, 18, 18), Neighborhood(18, 3), latents=True),
+    Form("latents", (8, 15, 15, 15), Neighborhood(10, 1), ("float32", "bfloat16"), latents=True, targets=("sm_90",)),
     Form("ring", (256, 64, 32, 128), Neighborhood(18, 3), ("float32", "bfloat16")),
     Form("ring", (256, 64, 32, 128), Neighborhood(64, 9)),
     Form("long", (64, 1024, 16, 64), Neighborhood(5, 3), tuple(TYPES)),
@@ -158,6 +162,8 @@ def _call(kernels, task: _Task) -> None:
     """One direction of the operation on tensors without memory."""
     form = task.form
     x = torch.empty(form.shape, dtype=getattr(torch, task.type), device="meta")
+    if form.latents:
+        return _call_latents(kernels, task, x)
     u = x.new_empty(form.neighborhood.shape_of_u(form.shape))
     accumulator = kernels.compute_dtype(x.dtype)
     mu = torch.empty((), dtype=accumulator, device="meta")
@@ -165,6 +171,16 @@ def _call(kernels, task: _Task) -> None:
     _, r = kernels.forward(x, u, mu, weights, form.neighborhood, 1e-6, True)
     if task.direction == "backward":
         kernels.backward(x, x, u, mu, weights, r, form.neighborhood, 1e-6)
+
+
+def _call_latents(kernels, task: _Task, x: torch.Tensor) -> None:
+    (B, S, C, D), accumulator = x.shape, kernels.compute_dtype(x.dtype)
+    z, mu, kl = x.new_empty(B, S, 2, C, D), x.new_empty((), dtype=accumulator), x.new_empty(B, S, dtype=accumulator)
+    seed = x.new_empty(1, dtype=torch.int64)
+    choice = kernels.latents_plan(z, z, mu, task.form.neighborhood, 1e-6)
+    kernels.latents_forward(z, z, None, seed, 0, mu, choice)
+    if task.direction == "backward":
+        kernels.latents_backward(x, kl, kl, z, z, None, seed, 0, mu, choice)
 
 
 def _compile(kernel, arguments: dict, target: tuple):
@@ -242,7 +258,7 @@ def _bits(operation: str) -> int:
 
 def _frames(plan, kernel, task: _Task) -> tuple[int, int]:
     """That a program holds, and those whose results it writes."""
-    if kernel.fn.__name__.startswith("whole") or plan.RING.value:
+    if kernel.fn.__name__.startswith(("whole", "latents")) or plan.RING.value:
         return plan.S.value, plan.S.value
     halos = 1 if task.direction == "forward" or plan.SAVE_R.value else 2
     return plan.FRAMES.value, plan.FRAMES.value - halos * (plan.W.value - 1)
@@ -272,12 +288,17 @@ def content(kernels: list[Kernel], environment: dict) -> dict:
     return {"environment": environment, "unit": "instructions and bytes an element of the result", "kernels": rows}
 
 
+def floor(name: str, direction: str) -> tuple[int, int]:
+    """Elements that a kernel must read and write, an element of the result."""
+    return (FLOOR_OF_LATENTS if name.startswith("latents") else FLOOR)[direction]
+
+
 def rows(kernels: list[dict]) -> list[list[str]]:
     """A row under `HEADS` for each kernel of a `content`; bytes as counted, and in brackets the least there can be."""
     result = []
     for k in kernels:
         size = getattr(torch, k["type"]).itemsize
-        reads, writes = FLOOR[k["direction"]]
+        reads, writes = floor(k["name"], k["direction"])
         counts = ["", "", ""]
         if k["loaded"] is not None:
             loaded, stored = f"{k['loaded']:.1f} ({reads * size})", f"{k['stored']:.1f} ({writes * size})"

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
 
-from tvae_kernels import Neighborhood, TopographicLayer, roll_capsules
+from tvae_kernels import Latents, Neighborhood, TopographicLayer, roll_capsules
 
 Images = Float[Tensor, "batch time channel height width"]
 Capsules = Float[Tensor, "batch time capsule dim"]
+Parameters = Float[Tensor, "batch time 2 capsule dim"]  # means and log-variances
 Frames = Float[Tensor, "batch time"]
 
 
@@ -153,13 +154,19 @@ class VAE(nn.Module):
 
     def posterior(self, x: Images) -> tuple[Normal, Normal | None]:
         """`q(z|x)` and `q(u|x)`, each of shape `(B, S, C, D)`; None for a model without `u`."""
-        return self._gaussian(self.z_encoder, x, self.capsule_shape), None
+        return gaussian(self._encoded(self.z_encoder, x, self.capsule_shape)), None
 
-    def _gaussian(self, encoder: nn.Module, x: Images, shape: tuple[int, int]) -> Normal:
+    def _encoded(self, encoder: nn.Module, x: Images, shape: tuple[int, int]) -> Parameters:
         if x.ndim != 5 or x.shape[2:] != self.image_shape:
             raise ValueError(f"x must be (batch, time, {', '.join(map(str, self.image_shape))}), got {tuple(x.shape)}")
-        mean, log_variance = encoder(x.flatten(2)).unflatten(-1, (2, *shape)).unbind(-3)
-        return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
+        return encoder(x.flatten(2)).unflatten(-1, (2, *shape))
+
+    def latents(self, x: Images, first: int = 0, of: int | None = None) -> Latents:
+        """`t` at a sample of the posterior, and the KL terms; `first` and `of` as in `forward`."""
+        q, _ = self.posterior(x)
+        noise = torch.randn(len(x) if of is None else of, *q.mean.shape[1:], dtype=q.mean.dtype, device=x.device)
+        kl = kl_from_prior(q)
+        return Latents(q.mean + noise[first : first + len(x)] * q.stddev, kl, torch.zeros_like(kl))
 
     def encode(self, x: Images, sample: bool = True) -> Capsules:
         """The capsules of a sequence: `t` at a sample of the posterior, or where `z` and `u²` have their means.
@@ -185,11 +192,8 @@ class VAE(nn.Module):
                 it the noise that a single process would.
 
         """
-        qz, qu = self.posterior(x)
-        t = self.topography(sampled(qz, first, of), None if qu is None else sampled(qu, first, of))
+        t, kl_z, kl_u = self.latents(x, first, of)
         log_likelihood = self.likelihood.log_prob(self.decode(t), x)
-        kl_z = kl_from_prior(qz)
-        kl_u = torch.zeros_like(kl_z) if qu is None else kl_from_prior(qu)
         return ELBO(log_likelihood, kl_z, folded(kl_u, x.shape[1], self.frames_before), t)
 
     def log_weights(self, x: Images, samples: int) -> Iterator[Frames]:
@@ -318,14 +322,22 @@ class TVAE(VAE):
 
     def posterior(self, x: Images) -> tuple[Normal, Normal]:
         """`q(z|x)` of shape `(B, S, C, D)`, and `q(u|x)` of the same but where it is padded (Eq. 10 and 11)."""
+        z, u = self._posterior_parameters(x)
+        return gaussian(z), gaussian(u)
+
+    def latents(self, x: Images, first: int = 0, of: int | None = None) -> Latents:
+        """`t` at a sample of the posterior, and the KL terms; on a GPU in one kernel."""
+        return self.topographic.sample(*self._posterior_parameters(x), first=first, of=of)
+
+    def _posterior_parameters(self, x: Images) -> tuple[Parameters, Parameters]:
         extended = x
         if self.frames_before or self.frames_after:
             first = x[:, :1].expand(-1, self.frames_before, *x.shape[2:])
             last = x[:, -1:].expand(-1, self.frames_after, *x.shape[2:])
             extended = torch.cat((first, x, last), 1)
         return (
-            self._gaussian(self.z_encoder, x, self.capsule_shape),
-            self._gaussian(self.u_encoder, extended, self.u_shape),
+            self._encoded(self.z_encoder, x, self.capsule_shape),
+            self._encoded(self.u_encoder, extended, self.u_shape),
         )
 
 
@@ -359,11 +371,10 @@ def folded(x: Tensor, steps: int, before: int) -> Frames:
     )
 
 
-def sampled(q: Normal, first: int = 0, of: int | None = None) -> Capsules:
-    """A differentiable sample, with the noise of sequences `first` … of a batch of `of`; by default, of a whole one."""
-    batch, *rest = q.mean.shape
-    noise = torch.randn(batch if of is None else of, *rest, dtype=q.mean.dtype, device=q.mean.device)
-    return q.mean + noise[first : first + batch] * q.stddev
+def gaussian(parameters: Parameters) -> Normal:
+    """The normal distribution of means and log-variances."""
+    mean, log_variance = parameters.unbind(-3)
+    return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
 
 
 def kl_from_prior(q: Normal) -> Frames:

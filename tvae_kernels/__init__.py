@@ -4,15 +4,18 @@ t[b,l,c,d] = (z[b,l,c,d] - mu) / sqrt(Σ_{i,k} w[i,k] · u[b, l+i, c, d + shift�
 """
 
 from .function import BackendUnavailableError, TopographicFunction, topographic
+from .latents import Latents, topographic_latents
 from .layer import TopographicLayer
 from .neighborhood import Neighborhood
 from .roll import roll_capsules
 
 __all__ = [
     "BackendUnavailableError",
+    "Latents",
     "Neighborhood",
     "TopographicFunction",
     "TopographicLayer",
     "roll_capsules",
     "topographic",
+    "topographic_latents",
 ]

@@ -71,8 +71,7 @@ def topographic(
         BackendUnavailableError: the backend asked for cannot run on these tensors.
 
     """
-    _check_tensors(z, u, mu, weights)
-    _check_values(z, u, neighborhood, weights, eps)
+    check_arguments(z, u, mu, neighborhood, weights, eps)
     backend = resolve_backend(backend, z.device)
 
     dtype = torch.promote_types(z.dtype, u.dtype)
@@ -82,10 +81,7 @@ def topographic(
     if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
         dtype = torch.float32
     z, u = _in_type(z, dtype), _in_type(u, dtype)
-    if isinstance(mu, Tensor):
-        mu = _in_type(mu, compute_dtype(dtype))
-    else:  # written on the device: a copy to it would wait for it and could not be captured in a CUDA graph
-        mu = torch.full((), float(mu), dtype=compute_dtype(dtype), device=z.device)
+    mu = as_tensor(mu, compute_dtype(dtype), z.device)
     weights = None if weights is None else _in_type(weights, compute_dtype(dtype)).contiguous()
     eps = float(eps)
 
@@ -93,8 +89,16 @@ def topographic(
     if backend == "reference" or (backend == "torch" and by_phase):  # whose FFTs PyTorch has as fast as can be
         return reference.topographic(z, u, mu, weights, neighborhood, eps)
     # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
-    apply = TopographicFunction.apply if _transformed() else _apply
+    apply = TopographicFunction.apply if transformed() else _apply
     return apply(z, u, mu, weights, neighborhood, eps, backend, torch.is_grad_enabled())[0]
+
+
+def as_tensor(mu: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`mu` in the compute type."""
+    if isinstance(mu, Tensor):
+        return _in_type(mu, dtype)
+    # written on the device: a copy to it would wait for it and could not be captured in a CUDA graph
+    return torch.full((), float(mu), dtype=dtype, device=device)
 
 
 def _in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,7 +106,7 @@ def _in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a program transformation runs: one of torch.compile, torch.export or torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -225,6 +229,14 @@ def _check_triton(device: torch.device) -> None:
                 f"the triton backend runs on GPU tensors, and these are on {str(device)!r}: {advice}, or set "
                 "TRITON_INTERPRET=1 before the first import to run the kernels through Triton's interpreter"
             )
+
+
+def check_arguments(
+    z: Tensor, u: Tensor, mu: Tensor | float, neighborhood: Neighborhood, weights: Tensor | None, eps: float
+) -> None:
+    """Refuse what `topographic` cannot take, with the errors that it promises."""
+    _check_tensors(z, u, mu, weights)
+    _check_values(z, u, neighborhood, weights, eps)
 
 
 def _check_tensors(z: Tensor, u: Tensor, mu: Tensor | float, weights: Tensor | None) -> None:

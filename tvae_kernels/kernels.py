@@ -3,10 +3,10 @@
 Importing this module needs Triton. With `TRITON_INTERPRET=1` set before the first import the same kernels run through
 Triton's interpreter on tensors of any device, slowly, for tests.
 
-Here the kernels are chosen and launched; `kernels_plain`, `kernels_taps` and `kernels_fourier` hold them. All only
-gather (an output element is written by one program, once), so there are no atomics and two runs give the same bits.
-What a kernel is compiled for depends on the neighbourhood, the type, D, and for short sequences S, never on the batch:
-nothing is tuned at run time.
+Here the kernels are chosen and launched; `kernels_plain`, `kernels_latents`, `kernels_taps` and `kernels_fourier` hold
+them. All only gather (an output element is written by one program, once), so there are no atomics and two runs give the
+same bits. What a kernel is compiled for depends on the neighbourhood, the type, D, and for short sequences S, never on
+the batch: nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .kernels_fourier import Phases, fourier_backward_kernel, fourier_forward_kernel
+from .kernels_latents import latents_backward_kernel, latents_forward_kernel
 from .kernels_plain import (
     Plan,
     tile_backward_kernel,
@@ -35,6 +36,7 @@ from .taps import phases, shape_of_r, table, weight_sums
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 _MOST_FRAMES = {torch.float32: 32, torch.float64: 18}  # that a lane can hold in registers
+_MOST_SAMPLED = {torch.float32: 18, torch.float64: 18}  # frames, where the samples take registers as well
 _MOST_ELEMENTS = {torch.float32: 8192, torch.float64: 4096}  # that a tile can hold in registers
 _MOST_POSITIONS = 512  # of a capsule that lies in one program
 _WARP = 64 if torch.version.hip else 32
@@ -241,6 +243,58 @@ def _plan(fields: dict, lanes: int) -> Plan:
 
 def _constants(kind: type, fields: dict):
     return kind(**{name: tl.constexpr(value) for name, value in fields.items()})
+
+
+# --- from the encoders ------------------------------------------------------------------------------------------------
+
+
+def latents_plan(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood, eps: float) -> Choice | None:
+    """The kernels from the encoders' outputs, `(B, S, 2, C, D)`, or None if a lane cannot hold these sequences."""
+    _, S, _, C, D = z.shape
+    dtype = compute_dtype(z.dtype)
+    if mu.numel() != 1 or not neighborhood.is_plain or u.dtype != z.dtype:
+        return None
+    extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(4) for x in (z, u)]
+    choice = _choice(neighborhood, S, D, dtype, eps, max(*extents, 2 * S * C * D) >= 2**31)
+    return choice if choice is not None and choice.kind == "whole" and _MOST_SAMPLED[dtype] >= S else None
+
+
+def latents_forward(
+    z: Tensor, u: Tensor, noise: tuple | None, seed: Tensor | None, first: int, mu: Tensor, choice: Choice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `t` and the KL terms of every frame, `(B, S)`; of noise and seed one is given."""
+    B, S, _, C, D = z.shape
+    t = torch.empty((B, S, C, D), dtype=z.dtype, device=z.device)
+    blocks = _ceiling(C, choice.plan.CAPSULES.value)
+    kl = torch.empty((2, B, blocks, S), dtype=compute_dtype(z.dtype), device=z.device)
+    arguments = (z, u, *(noise or (None, None)), seed, first, mu, t, kl[0], kl[1], C, S, *z.stride(), *u.stride())
+    options = {"GIVEN": noise is not None, "P": choice.plan, "num_warps": choice.warps}
+    _launch(z, latents_forward_kernel, (B * blocks,), *arguments, **options)
+    return t, *kl.sum(2)
+
+
+def latents_backward(
+    dt: Tensor,
+    dkl_z: Tensor,
+    dkl_u: Tensor,
+    z: Tensor,
+    u: Tensor,
+    noise: tuple | None,
+    seed: Tensor | None,
+    first: int,
+    mu: Tensor,
+    choice: Choice,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `z`, of `u` and of `mu`, from the arguments of `latents_forward`."""
+    B, S, _, C, _ = z.shape
+    dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
+    grid = (B * _ceiling(C, choice.plan.CAPSULES.value),)
+    dmu_parts = torch.empty(grid, dtype=compute_dtype(z.dtype), device=z.device)
+    arguments = (dt, dkl_z.contiguous(), dkl_u.contiguous(), z, u, *(noise or (None, None)), seed, first, mu)
+    arguments += (dz, du, dmu_parts, C, S, *dt.stride(), *z.stride(), *u.stride())
+    options = {"GIVEN": noise is not None, "P": choice.plan, "num_warps": choice.warps}
+    _launch(z, latents_backward_kernel, grid, *arguments, **options)
+    return dz, du, dmu_parts.sum().reshape(mu.shape)
 
 
 # --- all other windows ------------------------------------------------------------------------------------------------

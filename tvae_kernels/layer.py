@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .function import BACKENDS, topographic
+from .latents import Latents, Noise, topographic_latents
 from .neighborhood import Neighborhood
 
 
@@ -81,6 +82,16 @@ class TopographicLayer(nn.Module):
             columns = weights.split(list(self.neighborhood.capsule_window), -1)[axis]
             weights = columns.reshape(*weights.shape[:-2], *neighborhood.weights_shape)
         return topographic(z, u, self.mu, neighborhood, weights, self.eps, self.backend)
+
+    def sample(
+        self, z: Tensor, u: Tensor, noise: Noise | None = None, first: int = 0, of: int | None = None
+    ) -> Latents:
+        """From means and log-variances, `(batch, time, 2, capsule, dim)`, to `t` at a sample and both KL terms.
+
+        Equivalent to `topographic_latents(z, u, self.mu, neighborhood, self.weights, eps, backend, noise, first, of)`.
+        """
+        settings = self.neighborhood, self.weights, self.eps, self.backend
+        return topographic_latents(z, u, self.mu, *settings, noise, first, of)
 
     def step(self, z: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map the next frames of a stream: a causal window on a sequence that need not have an end (Eq. 22).

@@ -1,0 +1,165 @@
+"""`topographic_latents`: from what the encoders say of `z` and `u` to `t` and both KL terms.
+
+Where a kernel can hold the sequences it is one launch forward and one backward, and neither the samples nor their noise
+are ever in memory; elsewhere the same is composed of PyTorch operations and `topographic`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .function import as_tensor, check_arguments, resolve_backend, topographic, transformed
+from .neighborhood import Neighborhood
+from .reference import compute_dtype
+
+Noise = tuple[Tensor, Tensor]
+
+
+class Latents(NamedTuple):
+    """`t`, `(B, S, C, D)`, at a sample of the posterior, and the divergence of the posterior from N(0, 1) in nats."""
+
+    t: Tensor
+    kl_z: Tensor  # (B, S)
+    kl_u: Tensor  # (B, S), or of the frames of `u`, which are more where time is padded
+
+
+def topographic_latents(
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor | float = 0.0,
+    neighborhood: Neighborhood = Neighborhood(),  # noqa: B008 - frozen
+    weights: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+    noise: Noise | None = None,
+    first: int = 0,
+    of: int | None = None,
+) -> Latents:
+    """Sample Gaussian `z` and `u` and make them topographic (Keller & Welling 2021, Eq. 10 to 12).
+
+    Equivalent to::
+
+        (z_mean, z_log_variance), (u_mean, u_log_variance) = z.unbind(2), u.unbind(2)
+        t = topographic(
+            z_mean + (z_log_variance / 2).exp() * noise[0], u_mean + (u_log_variance / 2).exp() * noise[1], mu, ...
+        )
+        kl_z = (z_mean.square() + z_log_variance.exp() - 1 - z_log_variance).sum((-2, -1)) / 2  # and so kl_u
+
+    Noise that is not given is drawn from PyTorch's generators, so that `torch.manual_seed` repeats it; not the same on
+    a CPU and by the kernels. Those draw it twice instead of keeping it: to differentiate the gradient, give the noise.
+
+    Args:
+        z: means and log-variances, `(batch B, time S, 2, capsule C, dim D)`, floating point.
+        u: the same, with the frames and positions that `neighborhood.shape_of_u` says.
+        mu: as in `topographic`.
+        neighborhood: as in `topographic`.
+        weights: as in `topographic`.
+        eps: as in `topographic`.
+        backend: as in `topographic`.
+        noise: standard normal noise for `z`, `(B, S, C, D)`, and for `u`, alike.
+        first: number of the first of these sequences in a batch that several processes share,
+        of: and how many sequences that batch has. Processes whose generators are in one state then draw for all of it
+            the noise that a single one would.
+
+    Raises:
+        TypeError: as `topographic`.
+        ValueError: as `topographic`; or `z`, `u` or the noise has another shape, or the sequences are not in the batch.
+        BackendUnavailableError: as `topographic`.
+
+    """
+    for name, x in (("z", z), ("u", u)):
+        if isinstance(x, Tensor) and (x.ndim != 5 or x.shape[2] != 2):
+            raise ValueError(f"{name} must be (batch, time, 2, capsule, dim), got {tuple(x.shape)}")
+    one_z, one_u = (x.select(2, 0) if isinstance(x, Tensor) else x for x in (z, u))
+    check_arguments(one_z, one_u, mu, neighborhood, weights, eps)
+    of = len(z) if of is None else of
+    if not 0 <= first <= of - len(z):
+        raise ValueError(f"{len(z)} sequences from number {first} on are not in a batch of {of}")
+    if noise is not None and (noise[0].shape, noise[1].shape) != (one_z.shape, one_u.shape):
+        shapes = f"{tuple(noise[0].shape)} and {tuple(noise[1].shape)}"
+        raise ValueError(f"the noise must be {tuple(one_z.shape)} and {tuple(one_u.shape)}, got {shapes}")
+    dtype = compute_dtype(torch.promote_types(z.dtype, u.dtype))
+    if torch.is_autocast_enabled(z.device.type):
+        z, u = z.to(dtype), u.to(dtype)
+    mu = as_tensor(mu, dtype, z.device)
+    noise = noise and tuple(x.to(dtype) for x in noise)
+
+    given = noise is not None and any(x.requires_grad for x in noise)
+    if resolve_backend(backend, z.device) == "triton" and weights is None and not given and not transformed():
+        from . import kernels
+
+        choice = kernels.latents_plan(z, u, mu, neighborhood, eps)
+        if choice is not None:
+            if noise is None:
+                noise = None, None, torch.randint(2**63 - 1, (1,), device=z.device)
+            else:
+                noise = *(x.contiguous() for x in noise), None
+            return Latents(*LatentsFunction.apply(z, u, mu, *noise, first, choice, neighborhood, eps))
+    if noise is None:
+        noise = tuple(_drawn(x, dtype, first, of) for x in (one_z, one_u))
+    return composed(z, u, mu, neighborhood, weights, eps, backend, noise)
+
+
+def _drawn(x: Tensor, dtype: torch.dtype, first: int, of: int) -> Tensor:
+    """Noise for sequences `first` … of a batch of `of`."""
+    return torch.randn(of, *x.shape[1:], dtype=dtype, device=x.device)[first : first + len(x)]
+
+
+def composed(
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor,
+    neighborhood: Neighborhood,
+    weights: Tensor | None,
+    eps: float,
+    backend: str,
+    noise: Noise,
+) -> Latents:
+    """`topographic_latents` step by step, in the compute type; `t` is returned in the type of `z`."""
+    (sample_z, kl_z), (sample_u, kl_u) = (_sampled(*x) for x in zip((z, u), noise, strict=True))
+    t = topographic(sample_z, sample_u, mu, neighborhood, weights, eps, backend)
+    return Latents(t.to(torch.promote_types(z.dtype, u.dtype)), kl_z, kl_u)
+
+
+def _sampled(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """A sample, and the KL divergence of every frame."""
+    mean, log_variance = x.to(noise.dtype).unbind(2)
+    std = (0.5 * log_variance).exp()
+    kl = 0.5 * (mean.square() + (std.square() - 1 - log_variance)).sum((-2, -1))
+    return mean + std * noise, kl
+
+
+class LatentsFunction(torch.autograd.Function):
+    """One kernel forward and one backward; on checked arguments, call `topographic_latents`."""
+
+    @staticmethod
+    def forward(ctx, z, u, mu, noise_z, noise_u, seed, first, choice, neighborhood, eps):
+        """`t` and the KL terms; keeps the inputs, and of the noise the seed."""
+        from . import kernels
+
+        ctx.save_for_backward(z, u, mu, noise_z, noise_u, seed)
+        ctx.settings = first, choice, neighborhood, eps
+        noise = None if noise_z is None else (noise_z, noise_u)
+        return kernels.latents_forward(z, u, noise, seed, first, mu, choice)
+
+    @staticmethod
+    def backward(ctx, dt, dkl_z, dkl_u):
+        """The gradients of `z`, `u` and `mu`."""
+        from . import kernels
+
+        z, u, mu, noise_z, noise_u, seed = ctx.saved_tensors
+        first, choice, neighborhood, eps = ctx.settings
+        noise = None if noise_z is None else (noise_z, noise_u)
+        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+            if noise is None:
+                raise RuntimeError("noise drawn by the kernels is not kept: give it to differentiate the gradient")
+            outputs = composed(z, u, mu, neighborhood, None, eps, "reference", noise)
+            wanted = [x for x in (z, u, mu) if x.requires_grad]
+            found = iter(torch.autograd.grad(outputs, wanted, (dt, dkl_z, dkl_u), create_graph=True))
+            gradients = tuple(next(found) if x.requires_grad else None for x in (z, u, mu))
+        else:
+            gradients = kernels.latents_backward(dt, dkl_z, dkl_u, z, u, noise, seed, first, mu, choice)
+        return *gradients, *[None] * 7
