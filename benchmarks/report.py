@@ -66,7 +66,7 @@ def render(name: str, loaded: list[Result], folder: Path = ROOT) -> str:
     """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all`, `operation-KIND-figure`, or others.
 
     KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction. The others
-    are `training`, `training-targets`, `training-figure`, `topographies`, `machine-code` and `overhead`.
+    are `training`, with `-stages`, `-targets` or `-figure`, `topographies`, `machine-code` and `overhead`.
     """
     if name in OTHERS:
         return OTHERS[name]()
@@ -228,28 +228,45 @@ def _training(file: Path) -> tuple[str, bool, list[Steps]]:
 
 
 def training_table(file: Path, _: Path | None = None) -> str:
-    """Every way to take the step of every case: medians of its stages, rates, memory, and the paper's training."""
+    """Whole steps: medians, rates, and how long the paper's training takes."""
+    heads = ["whole step", "steps/s", "in matrix products", "the paper's 100 epochs"]
+
+    def row(case: Steps, variant: str) -> list[str]:
+        low, *_, high = statistics.quantiles(case.whole(variant), n=10, method="inclusive")
+        rate = 1e6 / case.median(variant)
+        config = PRESETS[case.data["preset"]].config
+        return [
+            f"{_milliseconds(case.median(variant))} ({_milliseconds(low)} to {_milliseconds(high)})",
+            f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}",
+            f"{100 * case.products(variant):.0f} %",
+            _duration(case.hours(variant, config.batch_size * config.steps)),
+        ]
+
+    return _training_table(file, heads, row)
+
+
+def training_stages(file: Path, _: Path | None = None) -> str:
+    """Medians of the stages of a step, frames and memory."""
+    stages = ("data", "forward", "backward", "optimiser", "replay")
+
+    def row(case: Steps, variant: str) -> list[str]:
+        times = [case.stage(variant, stage) for stage in stages]
+        memory = f"{case.data['memory'][variant] / 2**20:.3g} MiB"
+        frames = f"{case.data['frames'] / case.median(variant) * 1e6:,.0f}"
+        return ["" if time is None else _milliseconds(time) for time in times] + [frames, memory]
+
+    return _training_table(file, [*stages, "frames/s", "peak memory"], row)
+
+
+def _training_table(file: Path, heads: list[str], row: Callable[[Steps, str], list[str]]) -> str:
     text, _, cases = _training(file)
-    heads = ["preset", "batch", "step", "data", "forward", "backward", "optimiser", "whole step", "steps/s", "frames/s"]
-    heads += ["in matrix products", "peak memory", "the paper's 100 epochs"]
-    rows, missing = [], []
+    rows, missing = [], ""
     for case in cases:
-        preset, batch = case.data["preset"], case.data["batch_size"]
-        for variant in case.variants:
-            row = [f"`{preset}`", str(batch), WAYS[variant]]
-            times = [case.stage(variant, stage) for stage in ("data", "forward", "backward", "optimiser")]
-            row += ["" if time is None else _milliseconds(time) for time in times]
-            low, *_, high = statistics.quantiles(case.whole(variant), n=10, method="inclusive")
-            row.append(f"{_milliseconds(case.median(variant))} ({low / 1e3:.3g} to {high / 1e3:.3g})")
-            rate = 1e6 / case.median(variant)
-            row += [f"{rate:,.3g}" if rate < 100 else f"{rate:,.0f}", f"{rate * case.data['frames']:,.0f}"]
-            row += [f"{100 * case.products(variant):.0f} %", f"{case.data['memory'][variant] / 2**20:.3g} MiB"]
-            config = PRESETS[preset].config
-            row.append(_duration(case.hours(variant, config.batch_size * config.steps)))
-            rows.append(row)
-        named = f"`{preset}`, batch {batch}"
-        missing += [f"{WAYS[variant]}, {named}: {why}" for variant, why in case.data["not_timed"].items()]
-    return f"{text}\n\n{_markdown(heads, rows)}" + "".join(f"\n\nNot timed: {what}" for what in missing)
+        preset, batch = f"`{case.data['preset']}`", str(case.data["batch_size"])
+        rows += [[preset, batch, WAYS[variant], *row(case, variant)] for variant in case.variants]
+        for variant, why in case.data["not_timed"].items():
+            missing += f"\n\nNot timed: {WAYS[variant]}, {preset}, batch {batch}: {why}"
+    return f"{text}\n\n{_markdown(['preset', 'batch', 'step', *heads], rows)}{missing}"
 
 
 def training_targets(file: Path, _: Path | None = None) -> str:
@@ -287,14 +304,15 @@ def training_figure(file: Path, picture: Path) -> Path:
         ours = max(total for variant, total in zip(shown, left, strict=True) if variant != "convolution")
         limit = min(max(left), 3 * ours)  # what is longer is cut, and says how long it is
         for place, total in enumerate(left):
-            axis.text(min(total, limit), place, f" {total:.3g} ms", va="center", fontsize=8)
+            axis.text(min(total, limit), place, f" {_milliseconds(1e3 * total)}", va="center", fontsize=8)
         axis.set_xlim(0, 1.15 * limit)
         axis.set_yticks(range(len(shown)), [WAYS[variant] for variant in shown], fontsize=8)
         axis.set_title(f"{case.data['preset']}, {case.data['batch_size']} sequences", fontsize=9)
     axes[-1, 0].set_xlabel("milliseconds of a step, medians of its stages")
-    entries = {
-        label: handle for axis in axes[:, 0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
+    entries = {}
+    for axis in axes[:, 0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", fontsize=8, ncols=len(entries))
     figure.suptitle(text, fontsize=7)
     picture.parent.mkdir(exist_ok=True)
@@ -305,6 +323,7 @@ def training_figure(file: Path, picture: Path) -> Path:
 
 TRAINING: dict[str, Callable[[Path, Path], str]] = {
     "training": training_table,
+    "training-stages": training_stages,
     "training-targets": training_targets,
     "training-figure": training_link,
 }

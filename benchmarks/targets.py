@@ -95,9 +95,8 @@ def training(cases: list[Steps], on_gpu: bool) -> list[Target]:
     if not on_gpu:
         limits = ((MNIST, 60, 237), (SPRITES, 75, 420))
         return [_fastest(found.get((preset, 8)), preset, *limit) for preset, *limit in limits]
-    return _replayed(found.get((MNIST, 8))) + [
-        _in_products(found.get((preset, 128)), preset) for preset in (MNIST, SPRITES)
-    ]
+    wide = [_in_products(found.get((preset, 128)), preset) for preset in (MNIST, SPRITES)]
+    return _replayed(found.get((MNIST, 8))) + wide
 
 
 def _fastest(case: Steps | None, preset: str, most: float, published: float) -> Target:
