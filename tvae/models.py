@@ -158,7 +158,7 @@ class VAE(nn.Module):
     def _gaussian(self, encoder: nn.Module, x: Images, shape: tuple[int, int]) -> Normal:
         if x.ndim != 5 or x.shape[2:] != self.image_shape:
             raise ValueError(f"x must be (batch, time, {', '.join(map(str, self.image_shape))}), got {tuple(x.shape)}")
-        # Under autocast the encoder's result has 8 bits; what is made of it, noise and divergence, is not for these.
+        # Under autocast the encoder gives bfloat16, in which noise would be other noise and the divergence cancel.
         mean, log_variance = encoder(x.flatten(2)).to(x.dtype).unflatten(-1, (2, *shape)).unbind(-3)
         return Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
 
@@ -174,7 +174,7 @@ class VAE(nn.Module):
 
     def decode(self, t: Capsules) -> Images:
         """The decoder's output for every frame: logits (Bernoulli) or means (Gaussian)."""
-        return self.decoder(t.flatten(2)).to(t.dtype).unflatten(-1, self.image_shape)
+        return self.decoder(t.flatten(2)).unflatten(-1, self.image_shape)
 
     def forward(self, x: Images, first: int = 0, of: int | None = None) -> ELBO:
         """One sample of the evidence lower bound of every frame (Eq. 12), by its terms.
