@@ -290,7 +290,7 @@ def test_bfloat16_rounds_the_products_and_neither_noise_nor_likelihood():
     """Against float32, and in units of what rounding the weights alone changes.
 
     Mixed precision rounds the weights of every layer, its input and its result, three errors alike: it changes ELBOs by
-    some sqrt(3) of these units, and by less than six times that. (Noise drawn in bfloat16 is other noise, and off by 100 of them.)
+    some sqrt(3) of these units, and by less than six times that. (Noise drawn in bfloat16 is off by 100 of them.)
     """
     source = SMALL.open_source("train")
     model = training.untrained_model(SMALL, source)
