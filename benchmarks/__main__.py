@@ -2,8 +2,6 @@
 
 import json
 import re
-import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,29 +109,42 @@ def run_report() -> None:
         console.print(f"written to {file}")
 
 
-def run_step(data_dir: Path | None = None, steps: int = 50, output: Path = results.FOLDER / "step-cpu.json") -> None:
-    """Time a whole training step at the paper's sizes, data included.
+def run_training(data_dir: Path | None = None, samples: int = 50, output: Path | None = None) -> None:
+    """Time a whole training step at the paper's sizes, data included, on this machine's GPU or CPU.
+
+    Every way to take the step is checked against the first before it is timed. Without `--output` the tables in
+    README.md and docs/ and the figure are made from the result.
 
     Args:
-        data_dir: folder with MNIST; without it only the models on sprites are measured.
-        steps: samples.
-        output: JSON file to write.
+        data_dir: folder with MNIST; without it only the model of sprites is measured.
+        samples: steps of each variant; slow ones get fewer.
+        output: JSON file to write, after every case; by default benchmarks/results/training-MACHINE.json.
 
     """
-    from . import step
+    from . import report, training
 
-    rows = {}
-    for name, config in step.presets(data_dir).items():
-        rows[name] = step.measure(replace(config, data_dir=data_dir), steps)
-    output.parent.mkdir(exist_ok=True)
-    result = {"environment": environment.describe(), "unit": "ms", "samples": rows}
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    table = Table("preset", *step.PARTS, "whole step", title="median milliseconds of a training step")
-    for name, samples in rows.items():
-        whole = [sum(parts) for parts in zip(*samples.values(), strict=True)]
-        table.add_row(name, *(f"{statistics.median(x):.1f}" for x in (*samples.values(), whole)))
-    console.print(table)
-    console.print(f"written to {output}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # the convolution computes in float32 like the others
+    described = environment.describe()
+    file = output or results.path(described, device.type, "training")
+    content = {"environment": described, "device": device.type, "unit": "us", "cases": []}
+    chosen = training.cases(data_dir)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for preset, config in chosen:
+
+            def say(what: str, text=f"{preset}, batch {config.batch_size}") -> None:
+                progress.update(task, description=f"{text}: {what}")
+
+            content["cases"].append(training.measure(preset, config, device, samples, say))
+            results.write(file, content)
+            progress.advance(task)
+    for table in (report.training_table, report.training_targets):
+        console.print(Markdown(table(file)))
+    console.print(f"written to {file}")
+    if output is None:
+        run_report()
 
 
 def run_machine_code(output: Path = results.FOLDER / "machine-code.json") -> None:
@@ -194,7 +205,7 @@ COMMANDS = {
     "topographies": run_topographies,
     "overhead": run_overhead,
     "machine-code": run_machine_code,
-    "step": run_step,
+    "training": run_training,
     "report": run_report,
 }
 

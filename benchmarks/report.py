@@ -9,9 +9,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from tvae.presets import PRESETS
+
 from . import machine_code, overhead, results, targets
 from .operation import FLOOR
-from .results import Measured, Result
+from .results import Measured, Result, Steps
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -44,6 +46,7 @@ def update(folder: Path = results.FOLDER, documents: tuple[Path, ...] = DOCUMENT
     """
     loaded = load(folder)
     written = [roofline(result, ROOT / "docs" / f"roofline-{result.name}.png") for result in loaded]
+    written += [training_figure(file, ROOT / "docs" / f"{file.stem}.png") for file in folder.glob("training-*.json")]
     for document in documents:
         if document.exists():
             before = document.read_text(encoding="utf-8")
@@ -63,14 +66,16 @@ def render(name: str, loaded: list[Result], folder: Path = ROOT) -> str:
     """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all`, `operation-KIND-figure`, or others.
 
     KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction. The others
-    are `topographies`, `machine-code` and `overhead`.
+    are `training`, with `-stages`, `-targets` or `-figure`, `topographies`, `machine-code` and `overhead`.
     """
     if name in OTHERS:
         return OTHERS[name]()
+    if name in TRAINING:
+        return all_training(TRAINING[name], folder)
     _, kind, what = (*name.split("-"), "")[:3]
     if name.split("-")[0] != "operation" or kind not in ("cpu", "gpu") or what not in RENDERERS:
         known = ", ".join(f"operation-{kind}{'-' * bool(x)}{x}" for kind in ("cpu", "gpu") for x in RENDERERS)
-        known += "".join(f", {other}" for other in OTHERS)
+        known += "".join(f", {other}" for other in (*TRAINING, *OTHERS))
         raise ValueError(f"there is no benchmark {name!r}; there are {known}")
     chosen = [result for result in loaded if result.on_gpu == (kind == "gpu")]
     parts = [f"{caption(result)}\n\n{RENDERERS[what](result, folder)}" for result in chosen]
@@ -119,8 +124,12 @@ def full_table(result: Result, _: Path | None = None) -> str:
 
 def targets_table(result: Result, _: Path | None = None) -> str:
     """Every promise beside what was measured."""
+    return _targets(targets.evaluate(result))
+
+
+def _targets(evaluated: list[targets.Target]) -> str:
     marks = {True: "yes", False: "**no**", None: "-"}
-    rows = [[target.promise, target.measured, marks[target.holds]] for target in targets.evaluate(result)]
+    rows = [[target.promise, target.measured, marks[target.holds]] for target in evaluated]
     return _markdown(["target", "measured", "holds"], rows)
 
 
@@ -191,6 +200,133 @@ def topographies_table(file: Path) -> str:
     return f"{text}\n\n{_markdown(heads, rows)}"
 
 
+STAGES = {"data": "0.25", "forward": "tab:blue", "backward": "tab:orange", "optimiser": "0.8", "replay": "tab:cyan"}
+WAYS = {
+    "eager": "ours, eager",
+    "compiled": "ours, compiled",
+    "graph": "ours, graph replayed",
+    "reference": "reference layer, eager",
+    "convolution": "convolution layer, eager",
+}
+
+
+def all_training(renderer: Callable[[Path, Path], str], folder: Path, files: Path = results.FOLDER) -> str:
+    """One block for each machine, links relative to `folder`; and what is missing."""
+    found = sorted(files.glob("training-*.json"))
+    missing = [] if any(file.stem == "training-cpu" for file in found) else ["Not measured."]
+    missing += [] if any(file.stem != "training-cpu" for file in found) else [NOT_MEASURED]
+    return "\n\n".join([*(renderer(file, folder) for file in found), *missing])
+
+
+def _training(file: Path) -> tuple[str, bool, list[Steps]]:
+    """Caption, whether it was on a GPU, and the cases."""
+    content = json.loads(file.read_text())
+    e, on_gpu = content["environment"], content["device"] == "cuda"
+    machine = e["gpu"] if on_gpu else f"{e['cpu']}, {e['threads']} threads"
+    text = f"Measured on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
+    return text, on_gpu, [Steps(case) for case in content["cases"]]
+
+
+def training_table(file: Path, _: Path | None = None) -> str:
+    """Whole steps: medians, rates, and how long the paper's training takes."""
+    heads = ["whole step", "steps/s", "in matrix products", "the paper's 100 epochs"]
+
+    def row(case: Steps, variant: str) -> list[str]:
+        low, *_, high = statistics.quantiles(case.whole(variant), n=10, method="inclusive")
+        rate = 1e6 / case.median(variant)
+        config = PRESETS[case.data["preset"]].config
+        return [
+            f"{_milliseconds(case.median(variant))} ({_milliseconds(low)} to {_milliseconds(high)})",
+            f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}",
+            f"{100 * case.products(variant):.0f} %",
+            _duration(case.hours(variant, config.batch_size * config.steps)),
+        ]
+
+    return _training_table(file, heads, row)
+
+
+def training_stages(file: Path, _: Path | None = None) -> str:
+    """Medians of the stages of a step, frames and memory."""
+    stages = ("data", "forward", "backward", "optimiser", "replay")
+
+    def row(case: Steps, variant: str) -> list[str]:
+        times = [case.stage(variant, stage) for stage in stages]
+        memory = f"{case.data['memory'][variant] / 2**20:.3g} MiB"
+        frames = f"{case.data['frames'] / case.median(variant) * 1e6:,.0f}"
+        return ["" if time is None else _milliseconds(time) for time in times] + [frames, memory]
+
+    return _training_table(file, [*stages, "frames/s", "peak memory"], row)
+
+
+def _training_table(file: Path, heads: list[str], row: Callable[[Steps, str], list[str]]) -> str:
+    text, _, cases = _training(file)
+    rows, missing = [], ""
+    for case in cases:
+        preset, batch = f"`{case.data['preset']}`", str(case.data["batch_size"])
+        rows += [[preset, batch, WAYS[variant], *row(case, variant)] for variant in case.variants]
+        for variant, why in case.data["not_timed"].items():
+            missing += f"\n\nNot timed: {WAYS[variant]}, {preset}, batch {batch}: {why}"
+    return f"{text}\n\n{_markdown(['preset', 'batch', 'step', *heads], rows)}{missing}"
+
+
+def training_targets(file: Path, _: Path | None = None) -> str:
+    """Every promise beside what was measured."""
+    text, on_gpu, cases = _training(file)
+    return f"{text}\n\n{_targets(targets.training(cases, on_gpu))}"
+
+
+def training_link(file: Path, folder: Path) -> str:
+    """The figure of `training_figure`."""
+    target = Path(os.path.relpath(ROOT / "docs" / f"{file.stem}.png", folder)).as_posix()
+    return f"![Stages of a training step, beside the matrix products alone]({target})"
+
+
+def training_figure(file: Path, picture: Path) -> Path:
+    """Draw every step as a bar of its stages, one panel a case, and the matrix products alone as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    text, _, cases = _training(file)
+    size = (8, 0.8 + sum(0.7 + 0.3 * len(case.variants) for case in cases))
+    heights = [1 + len(case.variants) for case in cases]
+    figure, axes = plt.subplots(len(cases), figsize=size, squeeze=False, layout="constrained", height_ratios=heights)
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        shown = case.variants[::-1]
+        left = [0.0] * len(shown)
+        for stage, color in STAGES.items():
+            width = [(case.stage(variant, stage) or 0) / 1e3 for variant in shown]
+            if any(width):
+                axis.barh(range(len(shown)), width, left=left, color=color, edgecolor="black", label=stage)
+            left = [a + b for a, b in zip(left, width, strict=True)]
+        axis.axvline(case.median("products") / 1e3, color="black", linestyle="--", label="matrix products alone")
+        ours = max(total for variant, total in zip(shown, left, strict=True) if variant != "convolution")
+        limit = min(max(left), 3 * ours)  # what is longer is cut, and says how long it is
+        for place, total in enumerate(left):
+            axis.text(min(total, limit), place, f" {_milliseconds(1e3 * total)}", va="center", fontsize=8)
+        axis.set_xlim(0, 1.15 * limit)
+        axis.set_yticks(range(len(shown)), [WAYS[variant] for variant in shown], fontsize=8)
+        axis.set_title(f"{case.data['preset']}, {case.data['batch_size']} sequences", fontsize=9)
+    axes[-1, 0].set_xlabel("milliseconds of a step, medians of its stages")
+    entries = {}
+    for axis in axes[:, 0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", fontsize=8, ncols=len(entries))
+    figure.suptitle(text, fontsize=7)
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    return picture
+
+
+TRAINING: dict[str, Callable[[Path, Path], str]] = {
+    "training": training_table,
+    "training-stages": training_stages,
+    "training-targets": training_targets,
+    "training-figure": training_link,
+}
 OTHERS = {"topographies": all_topographies, "machine-code": machine_code_table, "overhead": overhead_table}
 
 
@@ -257,6 +393,10 @@ def _against(m: Measured, peer: str, direction: str) -> str:
 def _milliseconds(microseconds: float) -> str:
     x = microseconds / 1e3
     return f"{x:.0f} ms" if x >= 100 else f"{x:.3g} ms"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
 
 
 def _markdown(heads: list[str], rows: list[list[str]]) -> str:

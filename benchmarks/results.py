@@ -1,4 +1,4 @@
-"""Measured results of the operation: the JSON file, and what follows from its samples."""
+"""Measured results of the operation and of training steps: the JSON files, and what follows from their samples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .operation import Case
 
 FOLDER = Path(__file__).parent / "results"
 COMPILED = ("reference compiled", "reference max-autotune")
+OURS = ("eager", "compiled", "graph")  # ways to take a step
 
 
 def path(environment: dict, device_type: str, what: str = "operation", folder: Path = FOLDER) -> Path:
@@ -110,3 +111,40 @@ class Result:
             measured,
             content.get("latency"),
         )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Training steps of one configuration, with the samples of every variant."""
+
+    data: dict
+
+    @property
+    def variants(self) -> list[str]:
+        """Those timed."""
+        return [name for name in self.data["samples"] if name != "products"]
+
+    def whole(self, variant: str) -> list[float]:
+        """Microseconds of whole steps."""
+        return [sum(stages) for stages in zip(*self.data["samples"][variant].values(), strict=True)]
+
+    def median(self, variant: str) -> float:
+        """Microseconds of a whole step, or of the matrix products alone if the variant is "products"."""
+        return statistics.median(self.whole(variant))
+
+    def stage(self, variant: str, stage: str) -> float | None:
+        """Median microseconds of one stage; None if the variant has no such stage."""
+        samples = self.data["samples"][variant].get(stage)
+        return statistics.median(samples) if samples else None
+
+    def fastest(self) -> str:
+        """The variant of ours with the shortest step."""
+        return min((name for name in OURS if name in self.data["samples"]), key=self.median)
+
+    def products(self, variant: str) -> float:
+        """The matrix products' share of the step: 1 is the floor."""
+        return self.median("products") / self.median(variant)
+
+    def hours(self, variant: str, sequences: int) -> float:
+        """Of a training on so many sequences."""
+        return sequences / self.data["batch_size"] * self.median(variant) / 3600e6

@@ -1,4 +1,4 @@
-"""What the project promises of the operation's speed and memory, beside what was measured."""
+"""What the project promises of the operation's speed and memory and of training, beside what was measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .results import Measured, Result
+from tvae.presets import PRESETS
+
+from .results import Measured, Result, Steps
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,46 @@ def _gpu(result: Result) -> list[Target]:
         promise = f"paper's size, host time of an eager call, {direction}: at most {limit} us"
         targets.append(_at_most(promise, times.get(f"host {direction}"), limit))
     return targets
+
+
+MNIST, SPRITES = "mnist-tvae-w18-k3", "sprites-tvae-w10-k1"
+
+
+def training(cases: list[Steps], on_gpu: bool) -> list[Target]:
+    """The targets of a whole training step, data included, on a GPU or on two cores of a CPU."""
+    found = {(case.data["preset"], case.data["batch_size"]): case for case in cases}
+    if not on_gpu:
+        limits = ((MNIST, 60, 237), (SPRITES, 75, 420))
+        return [_fastest(found.get((preset, 8)), preset, *limit) for preset, *limit in limits]
+    wide = [_in_products(found.get((preset, 128)), preset) for preset in (MNIST, SPRITES)]
+    return _replayed(found.get((MNIST, 8))) + wide
+
+
+def _fastest(case: Steps | None, preset: str, most: float, published: float) -> Target:
+    promise = f"`{preset}`, 8 sequences: at most {most} ms a step (published code: {published} ms)"
+    if case is None:
+        return Target(promise, "not measured", None)
+    time = case.median(case.fastest()) / 1e3
+    return Target(promise, f"{time:.3g} ms, {case.fastest()}", time <= most)
+
+
+def _replayed(case: Steps | None) -> list[Target]:
+    rate_promise = f"`{MNIST}`, 8 sequences, replayed: at least 2,500 steps/s"
+    time_promise = f"`{MNIST}`, 8 sequences, replayed: 100 epochs in less than 5 minutes"
+    if case is None or "graph" not in case.variants:
+        return [Target(promise, "not measured", None) for promise in (rate_promise, time_promise)]
+    rate, minutes = 1e6 / case.median("graph"), 60 * case.hours("graph", 8 * PRESETS[MNIST].config.steps)
+    return [
+        Target(rate_promise, f"{rate:,.0f} steps/s", rate >= 2500),
+        Target(time_promise, f"{minutes:.3g} minutes", minutes < 5),
+    ]
+
+
+def _in_products(case: Steps | None, preset: str) -> Target:
+    promise = f"`{preset}`, 128 sequences, replayed: at least 60 % of the step in matrix products"
+    if case is None or "graph" not in case.variants:
+        return Target(promise, "not measured", None)
+    return Target(promise, f"{100 * case.products('graph'):.0f} %", case.products("graph") >= 0.6)
 
 
 Figures = list[tuple[float, Measured]]

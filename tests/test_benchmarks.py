@@ -1,4 +1,4 @@
-"""The benchmark of the operation: its peers compute the operation, and its report says what was measured."""
+"""The benchmarks: peers compute what they are compared with, and reports say what was measured."""
 
 import json
 import math
@@ -21,8 +21,10 @@ from benchmarks import (
     results,
     targets,
     topographies,
+    training,
 )
 from benchmarks.operation import Case, Copies, Judge, Problem, WrongResultError
+from tvae.presets import Config
 from tvae_kernels import Neighborhood
 
 CPU = torch.device("cpu")
@@ -159,22 +161,23 @@ def test_measure_keeps_every_sample_and_says_which_peer_could_not_run(monkeypatc
         operation.measure(case, CPU, samples=1)
 
 
+class Counter:
+    """A clock whose marks are 1, 4, 9, 16, ...: each difference says between which marks it was taken."""
+
+    marks = 0
+
+    def start(self):
+        pass
+
+    def mark(self):
+        self.marks += 1
+        return self.marks**2
+
+    def microseconds(self, *marks):
+        return [b - a for a, b in pairwise(marks)]
+
+
 def test_sample_times_backward_as_what_comes_after_forward():
-    """With a clock whose marks are 1, 4, 9, 16, ...: each difference says between which marks it was taken."""
-
-    class Counter:
-        marks = 0
-
-        def start(self):
-            pass
-
-        def mark(self):
-            self.marks += 1
-            return self.marks**2
-
-        def microseconds(self, *marks):
-            return [b - a for a, b in pairwise(marks)]
-
     case = Case((1, 4, 1, 4), 2, 1)
     problems = [Problem.random(case, CPU, seed) for seed in range(2)]
     times = operation.sample(peers.build("torch", case.neighborhood), problems, Counter(), turn=0)
@@ -410,3 +413,196 @@ def test_latency_has_every_sample():
     times = operation.measure_latency(torch.device("cuda"), samples=3)
     assert times.keys() == {"empty", "forward", "both", "host forward", "host both"}
     assert all(len(x) == 3 and min(x) > 0 for x in times.values())
+
+
+TRAINED = Config(capsules=2, neighborhood=Neighborhood(10, 1), batch_size=2)
+
+
+@pytest.fixture
+def small_training(monkeypatch):
+    monkeypatch.setitem(training.VARIANTS, "cpu", ("eager", "reference", "convolution"))
+    monkeypatch.setattr(training, "ROUND", 2)
+    return TRAINED
+
+
+def test_every_variant_takes_the_same_step_with_its_own_layer(small_training, monkeypatch):
+    called = []
+    convolution = peers.convolution
+    monkeypatch.setattr(peers, "convolution", lambda *x: called.append(len(x)) or convolution(*x))
+    source = small_training.open_source("train")
+    assert training.Variant("reference", small_training, source).model.module.topographic.backend == "reference"
+    data = training.measure("sprites-tvae-w10-k1", small_training, CPU, samples=3)
+    assert len(called) == 2 + 1 + 2 + 3  # warm and checked; to see how long it takes; first of two rounds; sampled
+    stages = {"data", "forward", "backward", "optimiser"}
+    assert {name: set(times) for name, times in data["samples"].items()} == {
+        "eager": stages,
+        "reference": stages,
+        "convolution": stages,
+        "products": {"products"},
+    }
+    assert all(len(x) == 3 and min(x) > 0 for times in data["samples"].values() for x in times.values())
+    assert data["error"]["eager"] == 0
+    assert 0 < data["error"]["convolution"] <= 1
+    weights = sum(p.numel() for p in training.untrained_model(small_training, source).parameters())
+    assert all(4 * weights <= peak < 3 * 4 * weights for peak in data["memory"].values())  # gradients are there at once
+    assert (data["preset"], data["batch_size"], data["frames"], data["not_timed"]) == ("sprites-tvae-w10-k1", 2, 30, {})
+
+
+def test_a_variant_that_takes_another_step_is_refused_before_any_is_timed(small_training, monkeypatch):
+    right = peers.convolution
+    monkeypatch.setattr(peers, "convolution", lambda z, u, mu, n: right(z, u + 1e-3 * u.detach(), mu, n))
+    monkeypatch.setattr(training, "in_turn", lambda *_: pytest.fail("timed"))
+    with pytest.raises(WrongResultError, match=r"convolution: .* of sprites is off by \d"):
+        training.measure("sprites-tvae-w10-k1", small_training, CPU, samples=3)
+    one = {"loss": torch.ones(())}
+    with pytest.raises(WrongResultError, match="off by nan"):
+        training.check("broken", {"loss": one["loss"] * math.nan}, one, TRAINED, bound=1.0)
+
+
+def test_a_variant_that_cannot_run_is_named_and_ours_must(small_training, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such convolution\nand more")
+
+    monkeypatch.setattr(peers, "convolution", broken)
+    data = training.measure("sprites-tvae-w10-k1", small_training, CPU, samples=1)
+    assert data["not_timed"] == {"convolution": "RuntimeError: no such convolution"}
+    assert data["samples"].keys() == {"eager", "reference", "products"}
+    monkeypatch.setitem(training.VARIANTS, "cpu", ("convolution", "eager"))
+    with pytest.raises(RuntimeError, match="no such convolution"):
+        training.measure("sprites-tvae-w10-k1", small_training, CPU, samples=1)
+
+
+def test_stages_are_timed_from_the_end_of_the_one_before():
+    variant = training.Variant("eager", TRAINED, TRAINED.open_source("train"))
+    first, second = variant(Counter(), 2)
+    assert first == {"data": 3, "forward": 5, "backward": 7, "optimiser": 9}
+    assert second == {"data": 11, "forward": 13, "backward": 15, "optimiser": 17}
+    assert variant.next == 2
+
+
+def test_products_are_those_of_all_layers_there_and_back():
+    source = TRAINED.open_source("train")
+    model = training.untrained_model(TRAINED, source)
+    products = training.Products(model, torch.zeros(2, 15, 1, 64, 64))
+    n, pixels, frames = 2 * 15, 64 * 64, 2 * 15
+    into = [(pixels, 3 * n), (3 * n, 2 * n), (2 * n, 2 * n)]
+    out = [(n, 2 * n), (2 * n, 3 * n), (3 * n, pixels)]
+    multiplications = frames * (
+        3 * sum(a * b for a, b in into * 2 + out) - 2 * pixels * 3 * n
+    )  # images need no gradient
+    assert sum(a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in products.operands) == multiplications
+    assert products(Counter(), 2) == [{"products": 3}, {"products": 5}]
+
+
+def test_slow_variants_are_sampled_less_and_the_first_step_of_a_round_never(monkeypatch):
+    monkeypatch.setattr(training, "PATIENCE", 40)
+    calls = {"fast": [], "slow": []}
+
+    def fake(name, time):
+        def call(clock, count):
+            calls[name].append(count)
+            return [{"data": time + i} for i in range(count)]
+
+        return call
+
+    taken = training.in_turn({"fast": fake("fast", 1), "slow": fake("slow", 10)}, None, 12, lambda _: None)
+    assert calls == {"fast": [1, 6, 6, 3], "slow": [1, 5]}
+    assert taken["slow"]["data"] == [11, 12, 13, 14]
+    assert len(taken["fast"]["data"]) == 12
+    assert min(taken["fast"]["data"]) == 2
+
+
+def trained(preset, batch, times, products, replayed=None):
+    """A case whose steps take so many milliseconds, a tenth of them for data."""
+    samples = {
+        name: {
+            "data": [100.0 * t] * 3,
+            "forward": [300.0 * t] * 3,
+            "backward": [500.0 * t] * 3,
+            "optimiser": [100.0 * t] * 3,
+        }
+        for name, t in times.items()
+    }
+    if replayed is not None:
+        samples["graph"] = {"data": [0.0], "replay": [1e3 * replayed]}
+    return {
+        "preset": preset,
+        "batch_size": batch,
+        "frames": 18 * batch,
+        "samples": samples | {"products": {"products": [1e3 * products]}},
+        "memory": dict.fromkeys(samples, 2**20),
+        "error": {},
+        "not_timed": {"convolution": "it broke"},
+    }
+
+
+def written_training(folder, name, device, cases):
+    file = folder / f"training-{name}.json"
+    described = environment.describe() | {"gpu": "Tiny"}
+    results.write(file, {"environment": described, "device": device, "unit": "us", "cases": cases})
+    return file
+
+
+def test_training_steps_are_reported_with_rates_and_shares(tmp_path):
+    cases = [trained("mnist-tvae-w18-k3", 8, {"eager": 80.0, "compiled": 50.0, "reference": 100.0}, products=40.0)]
+    file = written_training(tmp_path, "cpu", "cpu", cases)
+    text = report.training_table(file)
+    # 600,000 steps of 50 ms are 30,000 s.
+    row = "| `mnist-tvae-w18-k3` | 8 | ours, compiled | 50 ms (50 ms to 50 ms) | 20 | 80 % | 8.33 hours |"
+    assert row in text
+    assert text.endswith("\n\nNot timed: convolution layer, eager, `mnist-tvae-w18-k3`, batch 8: it broke")
+    row = "| `mnist-tvae-w18-k3` | 8 | ours, eager | 8 ms | 24 ms | 40 ms | 8 ms |  | 1,800 | 1 MiB |"
+    assert row in report.training_stages(file)
+    targets = report.training_targets(file)
+    assert "at most 60 ms a step (published code: 237 ms) | 50 ms, compiled | yes |" in targets
+    assert "at most 75 ms a step (published code: 420 ms) | not measured | - |" in targets
+    assert "](../docs/training-cpu.png)" in report.training_link(file, report.ROOT / "tests")
+    assert report.training_figure(file, tmp_path / "new.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_targets_of_a_gpu(tmp_path):
+    mnist, sprites = "mnist-tvae-w18-k3", "sprites-tvae-w10-k1"
+    cases = [
+        trained(mnist, 8, {"eager": 3.0}, products=0.1, replayed=0.4),
+        trained(mnist, 128, {"eager": 3.0}, products=0.5, replayed=0.8),
+        trained(sprites, 128, {"eager": 3.0}, products=0.5, replayed=1.0),
+    ]
+    content = {"cases": [results.Steps(case) for case in cases]}
+    found = [(target.measured, target.holds) for target in targets.training(content["cases"], on_gpu=True)]
+    assert found == [("2,500 steps/s", True), ("4 minutes", True), ("62 %", True), ("50 %", False)]
+    assert [target.holds for target in targets.training([], on_gpu=True)] == [None] * 4
+
+
+def test_training_blocks_say_what_was_not_measured(tmp_path, monkeypatch):
+    for name in report.TRAINING:
+        assert (
+            report.all_training(report.TRAINING[name], tmp_path, tmp_path) == "Not measured.\n\nNot measured on a GPU."
+        )
+    cases = [trained("sprites-tvae-w10-k1", 8, {"eager": 80.0}, products=40.0)]
+    written_training(tmp_path, "cpu", "cpu", cases)
+    text = report.all_training(report.training_table, tmp_path, tmp_path)
+    assert "ours, eager" in text
+    assert text.endswith("\n\nNot measured on a GPU.")
+    written_training(tmp_path, "tiny", "cuda", cases)
+    text = report.all_training(report.training_table, tmp_path, tmp_path)
+    assert "Measured on Tiny;" in text
+    assert "Not measured" not in text
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert set(report.update(tmp_path, ())) == {tmp_path / "docs" / f"training-{name}.png" for name in ("cpu", "tiny")}
+
+
+def test_one_command_measures_training(small_training, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training, "cases", lambda data_dir: [("sprites-tvae-w10-k1", small_training)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "training-cpu.json"
+    __main__.run_training(samples=2, output=file)
+    (case,) = json.loads(file.read_text())["cases"]
+    assert len(case["samples"]["reference"]["forward"]) == 2
+    assert "published code" in capsys.readouterr().out
+
+
+def test_training_cases_are_the_paper_s_sizes_and_sixteen_times_their_batch(tmp_path):
+    found = [(name, config.batch_size, config.data_dir) for name, config in training.cases(tmp_path)]
+    names = ("mnist-tvae-w18-k3", "sprites-tvae-w10-k1")
+    assert found == [(name, batch, tmp_path) for name in names for batch in (8, 128)]
+    assert [name for name, _ in training.cases(None)] == [names[1]] * 2

@@ -150,6 +150,8 @@ def test_help_names_every_command(tmp_path):
         ("train sprites-bubblevae-w10-k10 --shift 1", "needs shift 0, got 1"),
         ("train --steps 0", "steps must be at least 1, got 0"),
         ("train --batch-size 1000000", "batch_size must be between 1 and the 50625 examples"),
+        ("train --step graph --device cpu", "--step graph needs a GPU, got the device cpu"),
+        ("train --precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU of compute capability 8.0"),
         ("train --resume nowhere", "nowhere is not a run directory"),
         ("evaluate nowhere", "nowhere is not a run directory"),
         ("traverse nowhere", "nowhere is not a run directory"),

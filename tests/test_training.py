@@ -1,6 +1,7 @@
 """Training: steps against a loop written out here, interruption and resumption bit for bit, and its errors."""
 
 import csv
+import math
 import os
 import signal
 from dataclasses import replace
@@ -10,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tvae import training
+from tvae import steps, training
 from tvae.data import SequenceStream
 from tvae.metrics import equivariance_error
-from tvae.presets import PRESETS, Config
+from tvae.presets import PRESETS, Config, check_machine
 from tvae.run import Run, RunError
 from tvae.training import train
 from tvae_kernels import Neighborhood
@@ -117,7 +118,8 @@ def test_projected_weights_have_norm_one_after_training_and_normalised_ones_resu
 
 def test_configurations_of_older_runs_are_read():
     for file in (Path(__file__).parent.parent / "results").glob("*/config.json"):
-        assert Config.from_json(file.read_text()).weights == "free"
+        config = Config.from_json(file.read_text())
+        assert (config.weights, config.precision) == ("free", "32-true")
 
 
 def test_a_model_is_evaluated_on_the_data_that_its_configuration_says(mnist_dir):
@@ -154,6 +156,170 @@ def test_metrics_are_logged_with_the_values_of_the_batch(tmp_path, monkeypatch):
         total = float(row["log_likelihood"]) - float(row["kl_z"]) - float(row["kl_u"])
         assert -float(row["loss"]) == pytest.approx(total)
     assert list((run.path / "tensorboard").glob("events.*"))
+
+
+def curve(run):
+    """All that was logged, `(row, column)`."""
+    with (run.path / "metrics.csv").open(newline="") as file:
+        return torch.tensor([[float(x) for x in row.values()] for row in csv.DictReader(file)], dtype=torch.float64)
+
+
+def rounding(config):
+    """How far curves of one training may be apart, relatively, when sums are taken in another order.
+
+    Errors of additions are as good as random and grow with the root of their number (see benchmarks/operation.py). The
+    longest chain of a step adds the pixels three times: into the encoder, over the likelihood, and into the weights'
+    gradients, and every step starts with the errors of those before it.
+    """
+    additions = config.steps * 3 * 64 * 64
+    return 6 * math.sqrt(additions) * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
+def test_compiled_steps_give_the_curve_of_eager_ones(tmp_path, monkeypatch):
+    config = replace(SMALL, steps=6)
+    eager, compiled = Run.create(tmp_path / "eager", config), Run.create(tmp_path / "compiled", config)
+    assert train(eager, "cpu")
+    called = []
+    compile_model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **kw: (called.append(m), compile_model(m, **kw)))
+    assert train(compiled, "cpu", step="compiled")
+    assert len(called) == 1
+    torch.testing.assert_close(curve(compiled), curve(eager), rtol=rounding(config), atol=0)
+    assert eager.load_model().state_dict().keys() == compiled.load_model().state_dict().keys()
+
+
+def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
+    def fail(module, **_):
+        error = steps.TorchDynamoException("no compiler\nand a page of advice")
+        monkeypatch.setattr(module, "forward", lambda *_: (_ for _ in ()).throw(error))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
+    with pytest.raises(RunError, match=r"^torch.compile fails: no compiler; train with --step eager, which gives"):
+        train(Run.create(tmp_path / "run", SMALL), "cpu", step="compiled")
+
+
+class Played:
+    """In place of a CUDA graph: a capture computes nothing, a replay does it all."""
+
+    def warm_up(self, function):
+        function()
+
+    def capture(self, function):
+        self.replay = function
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_what_is_captured_and_replayed_is_the_eager_step_interruptions_included(optimizer, tmp_path, monkeypatch):
+    config = replace(SMALL, optimizer=optimizer)
+    eager, played = Run.create(tmp_path / "eager", config), Run.create(tmp_path / "played", config)
+    assert train(eager, "cpu")
+    monkeypatch.setattr(steps, "Graph", Played)
+    monkeypatch.setattr(training, "check_machine", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert not train(played, "cpu", step="graph")
+    assert train(played, "cpu", step="graph")
+    state = load_file(played.checkpoint)
+    assert all(torch.equal(state[name], expected) for name, expected in load_file(eager.checkpoint).items())
+    assert (played.path / "metrics.csv").read_text() == (eager.path / "metrics.csv").read_text()
+
+
+def test_adam_is_told_of_the_capture_and_of_nothing_else(monkeypatch):
+    told = []
+    monkeypatch.setattr(Played, "capture", lambda self, _: told.append([g["capturable"] for g in adam.param_groups]))
+    model = SMALL.build_model((1, 64, 64))
+    adam, sgd = (training.build_optimizer(replace(SMALL, optimizer=name), model) for name in ("adam", "sgd"))
+    for optimizer in (adam, sgd):
+        step = object.__new__(steps.GraphStep)
+        step.optimizer, step.graph = optimizer, Played()
+        step.capture()
+    assert told == [[True], [False]]
+    assert "capturable" not in sgd.param_groups[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_replayed_graph_gives_the_curve_of_eager_steps(optimizer, tmp_path):
+    config = replace(SMALL, optimizer=optimizer, steps=20, learning_rate=1e-4)
+    eager, graph = Run.create(tmp_path / "eager", config), Run.create(tmp_path / "graph", config)
+    assert train(eager, "cuda")
+    assert train(graph, "cuda", step="graph")
+    tolerance = rounding(config)
+    torch.testing.assert_close(curve(graph), curve(eager), rtol=tolerance, atol=0)
+    for name, expected in load_file(eager.model_file).items():
+        x = load_file(graph.model_file)[name]
+        assert (x - expected).norm() <= tolerance * expected.norm(), name
+
+
+def test_what_the_machine_lacks_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    cpu, run = torch.device("cpu"), Run.create(tmp_path / "run", replace(SMALL, precision="tf32"))
+    with pytest.raises(
+        ValueError, match=r"^--step graph needs a GPU, got the device cpu; use --step eager or compiled"
+    ):
+        check_machine("graph", "32-true", cpu)
+    with pytest.raises(ValueError, match=r"^--precision tf32 needs an NVIDIA GPU of compute capability 8.0 .* got cpu"):
+        train(run, "cpu")
+    assert [file.name for file in run.path.iterdir()] == ["config.json"]
+    with pytest.raises(ValueError, match="step must be one of eager, compiled, graph; got 'fast'"):
+        check_machine("fast", "32-true", cpu)
+    with pytest.raises(ValueError, match="precision must be one of 32-true, tf32, bf16-mixed; got '16'"):
+        check_machine("eager", "16", cpu)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: False)
+    with pytest.raises(ValueError, match="tf32 needs an NVIDIA GPU"):
+        check_machine("graph", "tf32", cuda)
+    with pytest.raises(ValueError, match="bf16-mixed needs a GPU that computes in bfloat16"):
+        check_machine("graph", "bf16-mixed", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    check_machine("graph", "tf32", cuda)
+
+
+def test_tf32_is_a_setting_for_the_time_of_the_training_alone():
+    before = torch.get_float32_matmul_precision()
+    with steps.matmul_precision("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+        with steps.matmul_precision("32-true"):
+            assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_bfloat16_rounds_the_products_and_neither_noise_nor_likelihood():
+    """Against float32, and in units of what rounding the weights alone changes.
+
+    Mixed precision rounds the weights of every layer, its input and its result, three errors alike: it changes ELBOs by
+    some sqrt(3) of these units, and by less than six times that. (Noise drawn in bfloat16 is off by 100 of them.)
+    """
+    source = SMALL.open_source("train")
+    model = training.untrained_model(SMALL, source)
+    images = SequenceStream(source, 8, 0)[0].images
+
+    def elbo(mixed=False):
+        torch.manual_seed(1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return model(images)
+
+    exact, found = elbo(), elbo(mixed=True)
+    for p in model.parameters():
+        p.data = p.bfloat16().float()
+    unit = (elbo().total - exact.total).square().mean().sqrt()
+    error = (found.total - exact.total).abs().max()
+    assert found.t.dtype == found.total.dtype == torch.float32
+    assert unit / 10 < error < 6 * math.sqrt(3) * unit
+
+
+def test_training_in_bfloat16_follows_training_in_float32(tmp_path):
+    runs = [
+        Run.create(tmp_path / p, replace(SMALL, precision=p, learning_rate=1e-4)) for p in ("32-true", "bf16-mixed")
+    ]
+    assert all(train(run, "cpu") for run in runs)
+    float32, bfloat16 = (curve(run)[:, 1] for run in runs)
+    assert not torch.equal(bfloat16, float32)
+    # Every product has an error of three roundings to 8 bits, and a loss starts with those of the steps before it.
+    torch.testing.assert_close(bfloat16, float32, rtol=SMALL.steps * 3 * 2**-9, atol=0)
+    assert bfloat16[-1] < bfloat16[0]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):

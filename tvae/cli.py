@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from .data import DataError, DSpritesSequences, SequenceStream
 from .paper import EXHIBITS, shown_in
-from .presets import CACHE, DEFAULT_PRESET, PRESETS, Config
+from .presets import CACHE, DEFAULT_PRESET, PRESETS, Config, StepKind, check_machine
 from .run import Run, RunError
 
 # training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
@@ -44,6 +44,9 @@ class TrainOptions:
     """New directory for the run."""
     device: Device = "auto"
     """Where to train."""
+    step: StepKind = "eager"
+    """How a step is taken, to the same result within rounding: one operation at a time, the model compiled by
+    torch.compile, or the whole step as a CUDA graph, which takes a GPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class ResumeOptions:
     """Directory of the run."""
     device: Device = "auto"
     """Where to train."""
+    step: StepKind = "eager"
+    """How a step is taken, as of a new run."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,11 @@ def _train(arguments: list[str]) -> int:
         default = TrainOptions(PRESETS[preset].config, run_dir=Path("runs") / preset)
         options = tyro.cli(TrainOptions, args=arguments[named:], default=default, prog=f"tvae train {preset}")
         device = _device(options.device)
+        check_machine(options.step, options.config.precision, device)
         run = _new_run(options)
     from .training import train
 
-    if not train(run, device.type):
+    if not train(run, device.type, step=options.step):
         console.print(f"Interrupted; the state is saved. Continue with: tvae train --resume {run.path}", soft_wrap=True)
         return 130
     _report(run, run.config, device)

@@ -99,13 +99,17 @@ class SequenceSource(ABC):
         Where transformations are combined all factors that transform advance. The arguments are on the CPU, the batch
         is on the source's device.
         """
+        factors = self.advance(starts, transformation).to(self.device)
+        images = self.render(examples.to(self.device), factors)
+        return SequenceBatch(images, factors, transformation.to(self.device))
+
+    def advance(self, starts: Tensor, transformation: Tensor) -> Tensor:
+        """Factors (B, S, F) of every frame of the sequences that `sequences` makes, all on the CPU."""
         step = F.one_hot(transformation, len(self.factors))[:, None]
         if self.combined:
             step = torch.tensor([[[int(factor.transforms) for factor in self.factors]]])
         time = torch.arange(self.sequence_length)[:, None]
-        factors = ((starts[:, None] + time * step) % torch.tensor(self.sizes)).to(self.device)
-        images = self.render(examples.to(self.device), factors)
-        return SequenceBatch(images, factors, transformation.to(self.device))
+        return (starts[:, None] + time * step) % torch.tensor(self.sizes)
 
 
 class SequenceStream(Dataset[SequenceBatch]):
@@ -137,6 +141,10 @@ class SequenceStream(Dataset[SequenceBatch]):
         return len(self.source) // self.batch_size
 
     def __getitem__(self, i: int) -> SequenceBatch:
+        return self.source.sequences(*self.draw(i))
+
+    def draw(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What decides batch i, on the CPU: examples (B,), starts (B, F) and transformation (B,)."""
         if i < 0:
             raise IndexError(f"an endless stream has no batch {i}")
         epoch, step = divmod(i, self.steps_per_epoch)
@@ -144,8 +152,7 @@ class SequenceStream(Dataset[SequenceBatch]):
         generator = _generator(self.seed, _BATCH, i)
         choices = torch.tensor(list(self.source.transformations))
         transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator)]
-        starts = self.source.start_poses(examples, generator)
-        return self.source.sequences(examples, starts, transformation)
+        return examples, self.source.start_poses(examples, generator), transformation
 
     def _examples_of(self, epoch: int) -> Tensor:
         """Examples in the epoch's order; the last epoch asked for is kept."""

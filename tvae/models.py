@@ -159,7 +159,8 @@ class VAE(nn.Module):
     def _encoded(self, encoder: nn.Module, x: Images, shape: tuple[int, int]) -> Parameters:
         if x.ndim != 5 or x.shape[2:] != self.image_shape:
             raise ValueError(f"x must be (batch, time, {', '.join(map(str, self.image_shape))}), got {tuple(x.shape)}")
-        return encoder(x.flatten(2)).unflatten(-1, (2, *shape))
+        # Under autocast the encoder gives bfloat16, in which noise would be other noise and the divergence cancel.
+        return encoder(x.flatten(2)).to(x.dtype).unflatten(-1, (2, *shape))
 
     def latents(self, x: Images, first: int = 0, of: int | None = None) -> Latents:
         """`t` at a sample of the posterior, and the KL terms; `first` and `of` as in `forward`."""

@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from tvae_kernels import Neighborhood
 
@@ -17,6 +19,8 @@ CACHE = Path("~/.cache/tvae").expanduser()
 Data = Literal[
     "sprites", "sprites-shifts", "dsprites", "mnist", "mnist-rotation-hue", "mnist-perspective-hue", "mnist-still"
 ]
+Precision = Literal["32-true", "tf32", "bf16-mixed"]
+StepKind = Literal["eager", "compiled", "graph"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Config:
     """Sequences in a batch."""
     steps: int = 1000
     """Batches to train on."""
+    precision: Precision = "32-true"
+    """Of the matrix products in training: float32; float32 with factors rounded to TF32 (10 bits of fraction), on
+    GPUs that have it; or bfloat16 (7 bits), the rest in float32, which on most CPUs is slower than float32."""
     seed: int = 0
     """Decides initial weights, sequences and noise."""
     evaluation_sequences: int = 1000
@@ -125,6 +132,25 @@ class Config:
             return Config(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a configuration of this version: {error!r}") from error
+
+
+def check_machine(kind: StepKind, precision: Precision, device: torch.device) -> None:
+    """Whether the device can take steps of a kind in a precision.
+
+    Raises:
+        ValueError: it cannot, or there is no such kind or precision.
+
+    """
+    for name, value, choices in (("step", kind, get_args(StepKind)), ("precision", precision, get_args(Precision))):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if kind == "graph" and device.type != "cuda":
+        raise ValueError(f"--step graph needs a GPU, got the device {device.type}; use --step eager or compiled")
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "tf32" and (not ampere or torch.version.hip):
+        raise ValueError(f"--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more, got {device.type}")
+    if precision == "bf16-mixed" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ValueError("--precision bf16-mixed needs a GPU that computes in bfloat16, which this one does not")
 
 
 @dataclass(frozen=True)

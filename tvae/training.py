@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -13,21 +14,21 @@ from lightning_fabric import Fabric
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils.data import DataLoader
 
 from tvae_kernels import Neighborhood
 
 from .data import SequenceSource, SequenceStream
 from .metrics import equivariance_error
 from .models import ELBO, VAE
-from .presets import Config
+from .presets import Config, StepKind, check_machine
 from .run import MetricsLog, Run, RunError
+from .steps import build_step, matmul_precision
 
 LOG_EVERY = 25  # steps
 CHECKPOINT_EVERY = 500  # steps
 
 
-def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
+def train(run: Run, device: str = "auto", show_progress: bool = True, step: StepKind = "eager") -> bool:
     """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
 
     Every step draws its sequences and its noise from generators seeded by (seed, step) alone. A resumed run therefore
@@ -37,6 +38,7 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
         run: a new or an interrupted run.
         device: "auto", "cpu" or "cuda".
         show_progress: draw a progress bar.
+        step: how the machine takes a step, as in `build_step`; the result is the same within float32 rounding.
 
     Returns:
         True when the run is finished and its model written, False when it was interrupted and its state saved.
@@ -44,10 +46,12 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
     Raises:
         RunError: the loss or a weight is not finite, or the checkpoint cannot be read; the last good state is kept.
         DataError: the data is missing or damaged.
+        ValueError: the device has not what the step or the precision needs.
 
     """
     config = run.config
     fabric = Fabric(accelerator=device, devices=1)
+    check_machine(step, config.precision, fabric.device)
     source = config.open_source("train", fabric.device)
     model = untrained_model(config, source)
     optimizer = build_optimizer(config, model)
@@ -55,27 +59,24 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
     first_step = run.load_checkpoint(model, optimizer)
 
     stream = SequenceStream(source, config.batch_size, config.seed)
-    batches = DataLoader(stream, batch_size=None, sampler=range(first_step, config.steps))
+    take_step = build_step(step, config.precision, fabric, model, optimizer, stream)
     done = first_step
     with (
+        matmul_precision(config.precision),
         closing(MetricsLog(run, first_step)) as log,
         interruption() as interrupted,
         progress_bar(config.steps, first_step, show_progress) as show,
     ):
-        for batch in batches:
+        while done < config.steps:
             seed_noise(config.seed, done)
-            elbo = model(batch.images)
-            loss = -elbo.total.mean()
-            if not torch.isfinite(loss):
-                raise RunError(f"the loss is {loss.item()} in step {done + 1}; {run.advice_after_divergence()}")
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            optimizer.step()
-            model.module.project_weights()
+            elbo = take_step(done)
             done += 1
 
             if done % LOG_EVERY == 0 or done == config.steps:
                 values = measure(elbo, model.module.rolls)
+                # Only here, for a GPU would have to be waited for; checkpoints refuse weights that are not finite.
+                if not math.isfinite(values["loss"]):
+                    raise RunError(f"the loss is {values['loss']} in step {done}; {run.advice_after_divergence()}")
                 log.log(done, values)
                 show(done, values)
             if done % CHECKPOINT_EVERY == 0 or done == config.steps or interrupted():

@@ -6,11 +6,13 @@ are ever in memory; elsewhere the same is composed of PyTorch operations and `to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .function import as_tensor, check_arguments, resolve_backend, topographic, transformed
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
@@ -99,29 +101,21 @@ def topographic_latents(
                 noise = *(x.contiguous() for x in noise), None
             return Latents(*LatentsFunction.apply(z, u, mu, *noise, first, choice, neighborhood, eps))
     if noise is None:
-        noise = tuple(_drawn(x, dtype, first, of) for x in (one_z, one_u))
-    return composed(z, u, mu, neighborhood, weights, eps, backend, noise)
+        noise = drawn(one_z, one_u, first, of)
+    return composed(z, u, noise, lambda z, u: topographic(z, u, mu, neighborhood, weights, eps, backend))
 
 
-def _drawn(x: Tensor, dtype: torch.dtype, first: int, of: int) -> Tensor:
-    """Noise for sequences `first` … of a batch of `of`."""
-    return torch.randn(of, *x.shape[1:], dtype=dtype, device=x.device)[first : first + len(x)]
+def drawn(z: Tensor, u: Tensor, first: int = 0, of: int | None = None) -> Noise:
+    """Noise like `z` and `u`, `(B, S, C, D)`, in the compute type, by PyTorch's generators; for part of a batch, too."""
+    dtype, of = compute_dtype(torch.promote_types(z.dtype, u.dtype)), len(z) if of is None else of
+    z, u = (torch.randn(of, *x.shape[1:], dtype=dtype, device=x.device)[first : first + len(x)] for x in (z, u))
+    return z, u
 
 
-def composed(
-    z: Tensor,
-    u: Tensor,
-    mu: Tensor,
-    neighborhood: Neighborhood,
-    weights: Tensor | None,
-    eps: float,
-    backend: str,
-    noise: Noise,
-) -> Latents:
-    """`topographic_latents` step by step, in the compute type; `t` is returned in the type of `z`."""
+def composed(z: Tensor, u: Tensor, noise: Noise, layer: Callable[[Tensor, Tensor], Tensor]) -> Latents:
+    """`topographic_latents` step by step, in the type of the noise, by any layer; `t` has the type of `z`."""
     (sample_z, kl_z), (sample_u, kl_u) = (_sampled(*x) for x in zip((z, u), noise, strict=True))
-    t = topographic(sample_z, sample_u, mu, neighborhood, weights, eps, backend)
-    return Latents(t.to(torch.promote_types(z.dtype, u.dtype)), kl_z, kl_u)
+    return Latents(layer(sample_z, sample_u).to(torch.promote_types(z.dtype, u.dtype)), kl_z, kl_u)
 
 
 def _sampled(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +150,7 @@ class LatentsFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
             if noise is None:
                 raise RuntimeError("noise drawn by the kernels is not kept: give it to differentiate the gradient")
-            outputs = composed(z, u, mu, neighborhood, None, eps, "reference", noise)
+            outputs = composed(z, u, noise, lambda z, u: reference.topographic(z, u, mu, None, neighborhood, eps))
             wanted = [x for x in (z, u, mu) if x.requires_grad]
             found = iter(torch.autograd.grad(outputs, wanted, (dt, dkl_z, dkl_u), create_graph=True))
             gradients = tuple(next(found) if x.requires_grad else None for x in (z, u, mu))
