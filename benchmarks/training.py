@@ -167,7 +167,7 @@ class Products:
 def measure(
     preset: str, config: Config, device: torch.device, samples: int, say: Callable[[str], object] = lambda _: None
 ) -> dict:
-    """Check all variants of a configuration against ours with the same noise; time them in turn, and the products alone.
+    """Check all variants of a configuration against ours with the same noise; time them and the products alone in turn.
 
     Args:
         preset: the configuration's name.

@@ -106,7 +106,7 @@ def topographic_latents(
 
 
 def drawn(z: Tensor, u: Tensor, first: int = 0, of: int | None = None) -> Noise:
-    """Noise like `z` and `u`, `(B, S, C, D)`, in the compute type, by PyTorch's generators; for part of a batch, too."""
+    """Noise like `z` and `u`, `(B, S, C, D)`, in the compute type, from PyTorch; `first` and `of` as above."""
     dtype, of = compute_dtype(torch.promote_types(z.dtype, u.dtype)), len(z) if of is None else of
     z, u = (torch.randn(of, *x.shape[1:], dtype=dtype, device=x.device)[first : first + len(x)] for x in (z, u))
     return z, u
