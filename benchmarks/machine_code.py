@@ -177,10 +177,10 @@ def _call_latents(kernels, task: _Task, x: torch.Tensor) -> None:
     (B, S, C, D), accumulator = x.shape, kernels.compute_dtype(x.dtype)
     z, mu, kl = x.new_empty(B, S, 2, C, D), x.new_empty((), dtype=accumulator), x.new_empty(B, S, dtype=accumulator)
     seed = x.new_empty(1, dtype=torch.int64)
-    choice = kernels.latents_plan(z, z, mu, task.form.neighborhood, 1e-6)
-    kernels.latents_forward(z, z, None, seed, 0, mu, choice)
+    arguments = z, z, mu, None, None, seed, 0, task.form.neighborhood, 1e-6
+    kernels.latents_forward(*arguments)
     if task.direction == "backward":
-        kernels.latents_backward(x, kl, kl, z, z, None, seed, 0, mu, choice)
+        kernels.latents_backward(x, kl, kl, *arguments)
 
 
 def _compile(kernel, arguments: dict, target: tuple):

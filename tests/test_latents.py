@@ -164,6 +164,35 @@ def test_what_a_lane_cannot_hold_is_composed(triton, device, monkeypatch):
             called.clear()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so
+@pytest.mark.parametrize("given", [False, True])
+def test_compiled_in_one_graph(backend, device, given):
+    shape, neighborhood = FUSED["stationary"]
+    z, u, mu, noise = tensors(shape, neighborhood, torch.float32, device)
+    noise = noise if given else None
+
+    def call(z, u, mu):
+        return topographic_latents(z, u, mu, neighborhood, backend=backend, noise=noise)
+
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    expected = with_gradients(call(z, u, mu), (z, u, mu))
+    torch.manual_seed(1)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_close(with_gradients(compiled(z, u, mu), (z, u, mu)), expected, torch.float32, 100)
+
+
+def test_under_torch_func(backend, device):
+    shape, neighborhood = FUSED["shifting"]
+    z, u, mu, noise = tensors(shape, neighborhood, torch.float64, device)
+
+    def loss(z):
+        return sum(x.square().sum() for x in topographic_latents(z, u, mu, neighborhood, backend=backend, noise=noise))
+
+    (expected,) = torch.autograd.grad(loss(z), z)
+    torch.testing.assert_close(torch.func.grad(loss)(z.detach()), expected)
+
+
 # --- the sampler ------------------------------------------------------------------------------------------------------
 
 SHAPE = (4, 16, 8, 8)  # few programs, which take the interpreter a second each

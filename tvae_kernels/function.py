@@ -89,7 +89,7 @@ def topographic(
     if backend == "reference" or (backend == "torch" and by_phase):  # whose FFTs PyTorch has as fast as can be
         return reference.topographic(z, u, mu, weights, neighborhood, eps)
     # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
-    apply = TopographicFunction.apply if transformed() else _apply
+    apply = TopographicFunction.apply if _transformed() else _apply
     return apply(z, u, mu, weights, neighborhood, eps, backend, torch.is_grad_enabled())[0]
 
 
@@ -106,7 +106,7 @@ def _in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def transformed() -> bool:
+def _transformed() -> bool:
     """Whether a program transformation runs: one of torch.compile, torch.export or torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 

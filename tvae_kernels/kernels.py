@@ -36,7 +36,6 @@ from .taps import phases, shape_of_r, table, weight_sums
 
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 _MOST_FRAMES = {torch.float32: 32, torch.float64: 18}  # that a lane can hold in registers
-_MOST_SAMPLED = {torch.float32: 18, torch.float64: 18}  # frames, where the samples take registers as well
 _MOST_ELEMENTS = {torch.float32: 8192, torch.float64: 4096}  # that a tile can hold in registers
 _MOST_POSITIONS = 512  # of a capsule that lies in one program
 _WARP = 64 if torch.version.hip else 32
@@ -248,27 +247,27 @@ def _constants(kind: type, fields: dict):
 # --- from the encoders ------------------------------------------------------------------------------------------------
 
 
-def latents_plan(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood, eps: float) -> Choice | None:
-    """The kernels from the encoders' outputs, `(B, S, 2, C, D)`, or None if a lane cannot hold these sequences."""
-    _, S, _, C, D = z.shape
-    dtype = compute_dtype(z.dtype)
-    if mu.numel() != 1 or not neighborhood.is_plain or u.dtype != z.dtype:
-        return None
-    extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(4) for x in (z, u)]
-    choice = _choice(neighborhood, S, D, dtype, eps, max(*extents, 2 * S * C * D) >= 2**31)
-    return choice if choice is not None and choice.kind == "whole" and _MOST_SAMPLED[dtype] >= S else None
-
-
 def latents_forward(
-    z: Tensor, u: Tensor, noise: tuple | None, seed: Tensor | None, first: int, mu: Tensor, choice: Choice
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor,
+    noise_z: Tensor | None,
+    noise_u: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    neighborhood: Neighborhood,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `t` and the KL terms of every frame, `(B, S)`; of noise and seed one is given."""
+    """Return `t` and the KL terms of every frame, `(B, S)`, of what `latents.held_by_a_lane` accepts.
+
+    Either the noise is given, contiguous, or a seed, on the device, to draw it with.
+    """
     B, S, _, C, D = z.shape
     t = torch.empty((B, S, C, D), dtype=z.dtype, device=z.device)
-    blocks = _ceiling(C, choice.plan.CAPSULES.value)
+    choice, blocks = _choice_of_latents(z, u, z, neighborhood, eps)
     kl = torch.empty((2, B, blocks, S), dtype=compute_dtype(z.dtype), device=z.device)
-    arguments = (z, u, *(noise or (None, None)), seed, first, mu, t, kl[0], kl[1], C, S, *z.stride(), *u.stride())
-    options = {"GIVEN": noise is not None, "P": choice.plan, "num_warps": choice.warps}
+    arguments = (z, u, noise_z, noise_u, seed, first, mu, t, kl[0], kl[1], C, S, *z.stride(), *u.stride())
+    options = {"GIVEN": seed is None, "P": choice.plan, "num_warps": choice.warps}
     _launch(z, latents_forward_kernel, (B * blocks,), *arguments, **options)
     return t, *kl.sum(2)
 
@@ -279,22 +278,33 @@ def latents_backward(
     dkl_u: Tensor,
     z: Tensor,
     u: Tensor,
-    noise: tuple | None,
+    mu: Tensor,
+    noise_z: Tensor | None,
+    noise_u: Tensor | None,
     seed: Tensor | None,
     first: int,
-    mu: Tensor,
-    choice: Choice,
+    neighborhood: Neighborhood,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `z`, of `u` and of `mu`, from the arguments of `latents_forward`."""
     B, S, _, C, _ = z.shape
     dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
-    grid = (B * _ceiling(C, choice.plan.CAPSULES.value),)
-    dmu_parts = torch.empty(grid, dtype=compute_dtype(z.dtype), device=z.device)
-    arguments = (dt, dkl_z.contiguous(), dkl_u.contiguous(), z, u, *(noise or (None, None)), seed, first, mu)
+    choice, blocks = _choice_of_latents(z, u, dt, neighborhood, eps)
+    dmu_parts = torch.empty(B * blocks, dtype=compute_dtype(z.dtype), device=z.device)
+    arguments = (dt, dkl_z.contiguous(), dkl_u.contiguous(), z, u, noise_z, noise_u, seed, first, mu)
     arguments += (dz, du, dmu_parts, C, S, *dt.stride(), *z.stride(), *u.stride())
-    options = {"GIVEN": noise is not None, "P": choice.plan, "num_warps": choice.warps}
-    _launch(z, latents_backward_kernel, grid, *arguments, **options)
+    options = {"GIVEN": seed is None, "P": choice.plan, "num_warps": choice.warps}
+    _launch(z, latents_backward_kernel, (B * blocks,), *arguments, **options)
     return dz, du, dmu_parts.sum().reshape(mu.shape)
+
+
+def _choice_of_latents(z: Tensor, u: Tensor, dt: Tensor, neighborhood: Neighborhood, eps: float) -> tuple[Choice, int]:
+    """The plan of the `whole` kernels, and how many programs a sequence takes."""
+    _, S, _, C, D = z.shape
+    extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(-1) for x in (z, u, dt)]
+    wide = max(*extents, 2 * S * C * D) >= 2**31
+    choice = _choice(neighborhood, S, D, compute_dtype(z.dtype), eps, wide)
+    return choice, _ceiling(C, choice.plan.CAPSULES.value)
 
 
 # --- all other windows ------------------------------------------------------------------------------------------------

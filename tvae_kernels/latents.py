@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .function import as_tensor, check_arguments, resolve_backend, topographic, transformed
+from . import operators, reference
+from .function import as_tensor, check_arguments, resolve_backend, topographic
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
 
 Noise = tuple[Tensor, Tensor]
+MOST_FRAMES = 18  # that a lane can hold in registers, with their samples
+MOST_POSITIONS = 512  # of a capsule that lies in one program
 
 
 class Latents(NamedTuple):
@@ -89,20 +91,29 @@ def topographic_latents(
     mu = as_tensor(mu, dtype, z.device)
     noise = noise and tuple(x.to(dtype) for x in noise)
 
-    given = noise is not None and any(x.requires_grad for x in noise)
-    if resolve_backend(backend, z.device) == "triton" and weights is None and not given and not transformed():
-        from . import kernels
-
-        choice = kernels.latents_plan(z, u, mu, neighborhood, eps)
-        if choice is not None:
-            if noise is None:
-                noise = None, None, torch.randint(2**63 - 1, (1,), device=z.device)
-            else:
-                noise = *(x.contiguous() for x in noise), None
-            return Latents(*LatentsFunction.apply(z, u, mu, *noise, first, choice, neighborhood, eps))
+    if (
+        resolve_backend(backend, z.device) == "triton"
+        and weights is None
+        and held_by_a_lane(z, u, mu, neighborhood)
+        and not torch._C._are_functorch_transforms_active()
+        and not (noise is not None and any(x.requires_grad for x in noise))
+    ):
+        if noise is None:
+            drawing = None, None, torch.randint(2**63 - 1, (1,), device=z.device)
+        else:
+            drawing = *(x.contiguous() for x in noise), None
+        return Latents(*LatentsFunction.apply(z, u, mu, *drawing, first, neighborhood, eps))
     if noise is None:
         noise = drawn(one_z, one_u, first, of)
     return composed(z, u, noise, lambda z, u: topographic(z, u, mu, neighborhood, weights, eps, backend))
+
+
+def held_by_a_lane(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> bool:
+    """Whether there is a kernel: for the problems of the `whole` kernels, whose samples fit the registers, too."""
+    _, steps, _, _, dim = z.shape
+    closed = neighborhood.time_boundary != "circular" or neighborhood.shift * steps % dim == 0
+    plain = neighborhood.is_plain and neighborhood.capsule_boundary == "circular" and mu.numel() == 1
+    return plain and u.dtype == z.dtype and 0 < steps <= MOST_FRAMES and 0 < dim <= MOST_POSITIONS and closed
 
 
 def drawn(z: Tensor, u: Tensor, first: int = 0, of: int | None = None) -> Noise:
@@ -130,30 +141,39 @@ class LatentsFunction(torch.autograd.Function):
     """One kernel forward and one backward; on checked arguments, call `topographic_latents`."""
 
     @staticmethod
-    def forward(ctx, z, u, mu, noise_z, noise_u, seed, first, choice, neighborhood, eps):
+    def forward(ctx, z, u, mu, noise_z, noise_u, seed, first, neighborhood, eps):
         """`t` and the KL terms; keeps the inputs, and of the noise the seed."""
-        from . import kernels
-
         ctx.save_for_backward(z, u, mu, noise_z, noise_u, seed)
-        ctx.settings = first, choice, neighborhood, eps
-        noise = None if noise_z is None else (noise_z, noise_u)
-        return kernels.latents_forward(z, u, noise, seed, first, mu, choice)
+        ctx.settings = first, neighborhood, eps
+        return _implementation().latents_forward(z, u, mu, noise_z, noise_u, seed, first, neighborhood, eps)
 
     @staticmethod
     def backward(ctx, dt, dkl_z, dkl_u):
         """The gradients of `z`, `u` and `mu`."""
-        from . import kernels
-
-        z, u, mu, noise_z, noise_u, seed = ctx.saved_tensors
-        first, choice, neighborhood, eps = ctx.settings
-        noise = None if noise_z is None else (noise_z, noise_u)
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            if noise is None:
-                raise RuntimeError("noise drawn by the kernels is not kept: give it to differentiate the gradient")
-            outputs = composed(z, u, noise, lambda z, u: reference.topographic(z, u, mu, None, neighborhood, eps))
-            wanted = [x for x in (z, u, mu) if x.requires_grad]
-            found = iter(torch.autograd.grad(outputs, wanted, (dt, dkl_z, dkl_u), create_graph=True))
-            gradients = tuple(next(found) if x.requires_grad else None for x in (z, u, mu))
+            gradients = _differentiable(ctx, dt, dkl_z, dkl_u)
         else:
-            gradients = kernels.latents_backward(dt, dkl_z, dkl_u, z, u, noise, seed, first, mu, choice)
-        return *gradients, *[None] * 7
+            gradients = _implementation().latents_backward(dt, dkl_z, dkl_u, *ctx.saved_tensors, *ctx.settings)
+        return *gradients, None, None, None, None, None, None
+
+
+def _implementation():
+    """What launches the kernels: a compiler sees operators."""
+    if torch.compiler.is_compiling():
+        return operators
+    from . import kernels
+
+    return kernels
+
+
+def _differentiable(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that have gradients themselves."""
+    z, u, mu, noise_z, noise_u, seed = ctx.saved_tensors
+    _, neighborhood, eps = ctx.settings
+    if seed is not None:
+        raise RuntimeError("noise drawn by the kernels is not kept: give it to differentiate the gradient")
+    noise = noise_z, noise_u
+    outputs = composed(z, u, noise, lambda z, u: reference.topographic(z, u, mu, None, neighborhood, eps))
+    wanted = [x for x in (z, u, mu) if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in (z, u, mu))

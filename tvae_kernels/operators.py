@@ -61,6 +61,27 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
     return _window_sum(x, neighborhood.text, adjoint)
 
 
+def latents_forward(
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor,
+    noise_z: Tensor | None,
+    noise_u: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    neighborhood: Neighborhood,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.latents_forward`, through `torch.ops.tvae_kernels.latents_forward`."""
+    return _latents_forward(z, u, mu, noise_z, noise_u, seed, first, neighborhood.text, eps)
+
+
+def latents_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.latents_backward`, through `torch.ops.tvae_kernels.latents_backward`."""
+    *tensors, first, neighborhood, eps = arguments
+    return _latents_backward(*tensors, first, neighborhood.text, eps)
+
+
 def _read(text: str) -> Neighborhood:
     """The neighbourhood from the text that stands for it as an argument of an operator."""
     return Neighborhood(**json.loads(text))
@@ -116,6 +137,55 @@ def _(backend, dt, z, u, mu, weights, r, neighborhood, eps):
     dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
     dw = _nothing(z) if weights is None else torch.empty_like(weights)
     return dz, du, torch.empty_like(mu), dw
+
+
+@torch.library.custom_op("tvae_kernels::latents_forward", mutates_args=())
+def _latents_forward(
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor,
+    noise_z: Tensor | None,
+    noise_u: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    neighborhood: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = z, u, mu, noise_z, noise_u, seed, first, _read(neighborhood), eps
+    t, kl_z, kl_u = _module("triton").latents_forward(*arguments)
+    return t, kl_z.clone(), kl_u.clone()  # results of an operator do not share memory
+
+
+@_latents_forward.register_fake
+def _(z, u, mu, noise_z, noise_u, seed, first, neighborhood, eps):
+    B, S, _, C, D = z.shape
+    kl_z, kl_u = (torch.empty((B, S), dtype=compute_dtype(z.dtype), device=z.device) for _ in range(2))
+    return torch.empty((B, S, C, D), dtype=z.dtype, device=z.device), kl_z, kl_u
+
+
+@torch.library.custom_op("tvae_kernels::latents_backward", mutates_args=())
+def _latents_backward(
+    dt: Tensor,
+    dkl_z: Tensor,
+    dkl_u: Tensor,
+    z: Tensor,
+    u: Tensor,
+    mu: Tensor,
+    noise_z: Tensor | None,
+    noise_u: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    neighborhood: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = dt, dkl_z, dkl_u, z, u, mu, noise_z, noise_u, seed, first, _read(neighborhood), eps
+    return _module("triton").latents_backward(*arguments)
+
+
+@_latents_backward.register_fake
+def _(dt, dkl_z, dkl_u, z, u, mu, noise_z, noise_u, seed, first, neighborhood, eps):
+    dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
+    return dz, du, torch.empty_like(mu)
 
 
 @torch.library.custom_op("tvae_kernels::window_sum", mutates_args=())
