@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
 
 from tvae_kernels import Neighborhood, TopographicLayer, roll_capsules
+
+from .files import replacing
 
 Images = Float[Tensor, "batch time channel height width"]
 Capsules = Float[Tensor, "batch time capsule dim"]
@@ -237,9 +238,8 @@ class VAE(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights and settings into one safetensors file, which `load` reads without pickle; at once or not."""
         metadata = {"model": json.dumps({"model": type(self).__name__.lower(), **self.settings}, default=asdict)}
-        partial = Path(path).with_suffix(".partial")
-        save_file(self.state_dict(), partial, metadata)
-        os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            save_file(self.state_dict(), partial, metadata)
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
