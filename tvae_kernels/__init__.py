@@ -6,6 +6,7 @@ t[b,l,c,d] = (z[b,l,c,d] - mu) / sqrt(Σ_{i,k} w[i,k] · u[b, l+i, c, d + shift�
 from .function import BackendUnavailableError, TopographicFunction, topographic
 from .layer import TopographicLayer
 from .neighborhood import Neighborhood
+from .parallel import exchange_halo, topographic_split
 from .roll import roll_capsules
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Neighborhood",
     "TopographicFunction",
     "TopographicLayer",
+    "exchange_halo",
     "roll_capsules",
     "topographic",
+    "topographic_split",
 ]
