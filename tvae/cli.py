@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from .data import DataError, DSpritesSequences, SequenceStream
 from .paper import EXHIBITS, shown_in
 from .presets import CACHE, DEFAULT_PRESET, PRESETS, Config
-from .processes import Launched
+from .processes import Launched, disconnect
 from .run import Run, RunError
 
 # training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
@@ -148,6 +148,7 @@ def _train(arguments: list[str]) -> int:
         finished, status = train(run, device.type), 130
     except SystemExit as terminated:
         finished, status = False, terminated.code
+    disconnect()
     if Launched.find().rank > 0:
         return 0 if finished else status
     if not finished:

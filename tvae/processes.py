@@ -52,6 +52,12 @@ def launch(device: str) -> Fabric:
     return fabric
 
 
+def disconnect() -> None:
+    """Disconnect this process from the others, if there are any: metrics would ask them for their share."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def mean(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     """The mean of each value over all processes; as their parts of a batch are equal, that over all sequences."""
     if fabric.world_size == 1:
