@@ -130,6 +130,31 @@ def test_what_does_not_fit_is_refused_before_anything_is_exchanged(monkeypatch):
         topographic_split(z, z, neighborhood=5)
 
 
+SEEDED = "import os, torch; torch.manual_seed(int(os.environ['RANK']))\n"
+WHOLE = """
+def whole(x):
+    parts = [torch.empty_like(x) for _ in range(2)]
+    dist.all_gather(parts, x.detach())
+    return torch.cat(parts, 1)
+
+from tvae_kernels import topographic
+whole_z, whole_u = (whole(x).requires_grad_() for x in (z, u))
+whole_t = topographic(whole_z, whole_u, mu, neighborhood)
+gradients = torch.autograd.grad(whole_t.square().sum(), (whole_z, whole_u, mu))
+for part, expected in zip((whole(t), whole(dz), whole(du), dmu), (whole_t, *gradients)):
+    torch.testing.assert_close(part, expected.detach(), rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+dist.destroy_process_group()
+"""
+
+
+def test_the_example_of_the_page_gives_what_the_whole_sequence_gives(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/training.md").read_text(encoding="utf-8")
+    (tmp_path / "split.py").write_text(SEEDED + page.split("```python\n")[1].split("```")[0] + WHOLE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "split.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_padded_time_is_refused():
     n = Neighborhood(3, time_boundary="padded")
     with pytest.raises(ValueError, match=r'time_boundary must be "circular" or "zero" .* got "padded"'):

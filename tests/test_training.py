@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from tvae import files, training
 from tvae.data import SequenceStream
@@ -349,10 +350,19 @@ def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
         partial.write_text("new")
         assert path.read_text() == "old"
     assert [(Path(name).name, text) for name, text in synced] == [("file.partial", "old"), (tmp_path.name, "new")]
-    with pytest.raises(OSError, match="nowhere"), files.replacing(path) as partial:
-        save_file({"x": torch.zeros(1)}, tmp_path / "nowhere/x")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    def fail(partial):
+        partial.write_text("half")
+        raise SafetensorError("no space")
+
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match=r"file\.txt: no space"), files.replacing(path) as partial:
+        fail(partial)
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
-    assert path.read_text() == "new"
+    assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize("times", [1, 2])
