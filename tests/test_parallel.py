@@ -4,7 +4,6 @@ Run by torchrun, this file computes the parts; the tests put them together and c
 """
 
 import itertools
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -169,5 +168,4 @@ def test_a_split_sequence_of_one_part_is_padded_time(device):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(Path(sys.argv[1]))

@@ -4,6 +4,7 @@ Run by torchrun, this file trains as each of the processes; the tests look at wh
 """
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -64,16 +65,6 @@ def interrupt(number=signal.SIGINT):
     os.kill(os.getpid(), number)
 
 
-@contextmanager
-def attribute(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def outcome(path, config=SMALL):
     """Train, and say what came of it."""
     if Launched.find().rank == 0 and not path.exists():
@@ -87,7 +78,7 @@ def outcome(path, config=SMALL):
 
 
 def full(*_):
-    raise OSError(28, "No space left on device")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def main(folder):

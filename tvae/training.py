@@ -32,10 +32,9 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
     """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
 
     Every step draws its sequences and its noise from generators seeded by (seed, step) alone. A resumed run therefore
-    gives the result of an uninterrupted one, bit for bit on a CPU, and no random state is saved.
-
-    Processes that torchrun has started share every batch and its noise, so that any number of them gives the same
-    result, up to the order of float32 sums.
+    gives the result of an uninterrupted one, bit for bit on a CPU, and no random state is saved. Processes that
+    torchrun has started share every batch and its noise, so that any number of them gives the result of one, up to the
+    order of float32 sums.
 
     Args:
         run: a new or an interrupted run; in a folder that all processes share, if it is interrupted.
@@ -91,7 +90,7 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
                 values = mean(fabric, measure(elbo, model.module.rolls))
                 on_first(fabric, lambda: log.log(done, values))  # noqa: B023 - called at once
                 show(done, values)
-            (stop,) = highest(fabric, interrupted())
+            (stop,) = highest(fabric, interrupted())  # the same in all processes; SIGTERM outranks SIGINT
             if done % CHECKPOINT_EVERY == 0 or done == config.steps or stop:
                 on_first(fabric, run.save_checkpoint, done, model, optimizer)
             if stop:
@@ -139,8 +138,8 @@ def measure(elbo: ELBO, rolls: Neighborhood) -> dict[str, float]:
 def interruption() -> Iterator[Callable[[], int]]:
     """Turn Ctrl-C and SIGTERM into a question asked between steps: the number of the signal, or 0.
 
-    The second Ctrl-C interrupts at once. The second SIGTERM does not: a process may get it from its scheduler and from
-    torchrun.
+    The second Ctrl-C interrupts at once. The second SIGTERM does not: a process may get one from its scheduler and one
+    from torchrun.
     """
     caught = [0]
 
