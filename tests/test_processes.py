@@ -99,7 +99,7 @@ def main(folder):
     with in_step(7, lambda: second and setattr(training.VAE, "forward", spoilt)):
         outcomes["not finite"] = outcome(folder / "not finite")
     training.VAE.forward = forward
-    with in_step(7, lambda: first and setattr(run, "save_file", full)):
+    with in_step(7, lambda: first and setattr(run, "save", full)):
         outcomes["full"] = outcome(folder / "full")
     outcomes["indivisible"] = outcome(folder / "indivisible", replace(SMALL, batch_size=5))
     (folder / f"outcomes-{Launched.find().rank}.json").write_text(json.dumps(outcomes))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tvae import files, training
@@ -269,7 +268,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path
     assert result.returncode == 0, result.stderr
     for name in ("metrics.csv", "model.safetensors", "checkpoint.safetensors"):
         assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-    assert not list(killed.path.glob("*.partial"))
+    assert {file.name for file in killed.path.iterdir()} == {file.name for file in whole.path.iterdir()}
 
 
 @contextmanager
@@ -289,14 +288,14 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_state(tmp_path, monkey
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
         assert not train(run, "cpu")
-    before = run.checkpoint.read_bytes()
+    before, left = run.checkpoint.read_bytes(), {file.name for file in run.path.iterdir()}
     expected = (
         r"cannot write the run: .*File too large.*; the last good state is in .*checkpoint.safetensors; .* --resume"
     )
     with room_for(10_000), pytest.raises(RunError, match=expected):
         train(run, "cpu")
     assert run.checkpoint.read_bytes() == before
-    assert not list(run.path.glob("*.partial"))
+    assert {file.name for file in run.path.iterdir()} == left
     assert train(run, "cpu")
     assert run.model_file.read_bytes() == whole.model_file.read_bytes()
     assert (run.path / "metrics.csv").read_text() == (whole.path / "metrics.csv").read_text()
@@ -355,11 +354,11 @@ def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     def fail(partial):
         partial.write_text("half")
-        raise SafetensorError("no space")
+        raise OSError("no space")
 
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match=r"file\.txt: no space"), files.replacing(path) as partial:
+    with pytest.raises(OSError, match="no space"), files.replacing(path) as partial:
         fail(partial)
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
     assert path.read_text() == "old"

@@ -7,27 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` once it is whole and on the disk.
-
-    Raises:
-        OSError: the file cannot be written, also where safetensors says so in an error of its own.
-
-    """
+    """A path to write to, whose file takes the place of `path` once it is whole and on the disk."""
     partial = path.with_suffix(".partial")
     try:
         yield partial
         sync(partial)  # before it is renamed: after a power cut the name may else stand for an empty file
         os.replace(partial, path)
         sync(path.parent)
-    except BaseException as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"{path}: {error}") from error
         raise
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
@@ -239,7 +239,7 @@ class VAE(nn.Module):
         """Write weights and settings into one safetensors file, which `load` reads without pickle; at once or not."""
         metadata = {"model": json.dumps({"model": type(self).__name__.lower(), **self.settings}, default=asdict)}
         with replacing(Path(path)) as partial:
-            save_file(self.state_dict(), partial, metadata)
+            partial.write_bytes(save(self.state_dict(), metadata))
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
@@ -124,7 +124,7 @@ class Run:
             tensors |= {f"optimizer.{index}.{name}": x for name, x in values.items() if isinstance(x, Tensor)}
         metadata = {"step": str(step), "param_groups": json.dumps(optimizer_state["param_groups"])}
         with self.writing(), replacing(self.checkpoint) as partial:
-            save_file(tensors, partial, metadata)
+            partial.write_bytes(save(tensors, metadata))  # save_file, when killed, leaves a hidden file behind
             if self.metrics.exists():
                 sync(self.metrics)
 
