@@ -37,7 +37,7 @@ def train(run: Run, device: str = "auto", show_progress: bool = True) -> bool:
     order of float32 sums.
 
     Args:
-        run: a new or an interrupted run; in a folder that all processes share, if it is interrupted.
+        run: a new or an interrupted run, in a folder that all processes share.
         device: "auto", "cpu" or "cuda".
         show_progress: draw a progress bar.
 
