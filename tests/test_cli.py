@@ -194,17 +194,18 @@ def test_an_existing_run_is_never_overwritten(trained):
     assert model.read_bytes() == before
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_resume(name, status, tmp_path):
     script = (
         "import os, signal, sys; from tvae import cli, training; noise = training.seed_noise\n"
         "def press(seed, step):\n"
         "    noise(seed, step)\n"
-        "    step == 1 and os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    step == 1 and os.kill(os.getpid(), signal.{name})\n"
         "training.seed_noise = press; sys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "train", *TINY.split()]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 130
+    assert result.returncode == status
     assert "Continue with: tvae train --resume runs/quickstart" in result.stdout
     resumed = tvae("train --resume runs/quickstart", tmp_path)
     assert resumed.returncode == 0, resumed.stderr

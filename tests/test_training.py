@@ -1,9 +1,14 @@
-"""Training: steps against a loop written out here, interruption and resumption bit for bit, and its errors."""
+"""Training: steps against a loop written out here, interruption, kills and resumption bit for bit, and its errors."""
 
 import csv
+import errno
 import math
 import os
+import resource
 import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tvae import steps, training
+from tvae import files, steps, training
 from tvae.data import SequenceStream
 from tvae.metrics import equivariance_error
 from tvae.presets import PRESETS, Config, check_machine
-from tvae.run import Run, RunError
+from tvae.run import Run, RunError, rows_until
 from tvae.training import train
 from tvae_kernels import Neighborhood
 
@@ -28,13 +33,13 @@ def _log_often(monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 5)
 
 
-def interrupt_at(monkeypatch, step):
-    """Press Ctrl-C while the given step is computed."""
+def interrupt_at(monkeypatch, step, number=signal.SIGINT):
+    """Press Ctrl-C, or send another signal, while the given step is computed."""
     seed_noise = training.seed_noise
 
     def pressed(seed, current):
         if current == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         seed_noise(seed, current)
 
     monkeypatch.setattr(training, "seed_noise", pressed)
@@ -264,6 +269,8 @@ def test_what_the_machine_lacks_is_said_before_anything_is_written(tmp_path, mon
     assert [file.name for file in run.path.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match="step must be one of eager, compiled, graph; got 'fast'"):
         check_machine("fast", "32-true", cpu)
+    with pytest.raises(ValueError, match="--step graph is for one process, got 2"):
+        check_machine("graph", "32-true", torch.device("cuda"), 2)
     with pytest.raises(ValueError, match="precision must be one of 32-true, tf32, bf16-mixed; got '16'"):
         check_machine("eager", "16", cpu)
     cuda = torch.device("cuda")
@@ -391,3 +398,174 @@ def test_configurations_that_do_not_fit_are_refused():
         Config(momentum=1.0)
     with pytest.raises(ValueError, match="time_window of 16 does not fit 15"):
         replace(SMALL, neighborhood=Neighborhood(16)).open_source("train")
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+
+from tvae import training
+from tvae.run import Run
+
+
+def write_slowly(path, data):
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        time.sleep(0.01)
+        file.write(data[len(data) // 2 :])
+
+
+Path.write_bytes = write_slowly  # so that kills find half-written files
+training.LOG_EVERY, training.CHECKPOINT_EVERY = 2, 1
+path, kills = Path(sys.argv[1]), int(sys.argv[2])
+checkpoint = path / "checkpoint.safetensors"
+random.seed(0)
+for attempt in range(kills + 1):
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    if (child := os.fork()) == 0:
+        training.train(Run.open(path), "cpu", show_progress=False)
+        os._exit(0)
+    if attempt < kills:
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            assert os.waitid(os.P_PID, child, ended) is None, "it failed"
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (-signal.SIGKILL if attempt < kills else 0), status
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(tmp_path):
+    config = replace(SMALL, steps=60)
+    whole, killed = Run.create(tmp_path / "whole", config), Run.create(tmp_path / "killed", config)
+    assert train(whole, "cpu")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", KILLED, str(killed.path), "8"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    for name in ("metrics.csv", "model.safetensors"):
+        assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    for name, expected in load_file(whole.checkpoint).items():  # a checkpoint's metadata has no certain order
+        assert torch.equal(load_file(killed.checkpoint)[name], expected), name
+    assert {file.name for file in killed.path.iterdir()} == {file.name for file in whole.path.iterdir()}
+
+
+@contextmanager
+def room_for(size):
+    """Let no file grow beyond so many bytes, like a disk that fills up within a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    whole, run = Run.create(tmp_path / "whole", SMALL), Run.create(tmp_path / "run", SMALL)
+    assert train(whole, "cpu")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert not train(run, "cpu")
+    before, left = run.checkpoint.read_bytes(), {file.name for file in run.path.iterdir()}
+    expected = (
+        r"cannot write the run: .*File too large.*; the last good state is in .*checkpoint.safetensors; .* --resume"
+    )
+    with room_for(10_000), pytest.raises(RunError, match=expected):
+        train(run, "cpu")
+    assert run.checkpoint.read_bytes() == before
+    assert {file.name for file in run.path.iterdir()} == left
+    assert train(run, "cpu")
+    assert run.model_file.read_bytes() == whole.model_file.read_bytes()
+    assert (run.path / "metrics.csv").read_text() == (whole.path / "metrics.csv").read_text()
+
+    written = run.model_file.read_bytes()
+    with room_for(10_000), pytest.raises(RunError, match=r"cannot write the run: .*File too large"):
+        run.save_model(run.load_model())
+    assert run.model_file.read_bytes() == written
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = Run.create(tmp_path / "run", SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerow", full)
+        with pytest.raises(RunError, match=r"cannot write the run: .*No space left on device; there is no checkpoint"):
+            train(run, "cpu")
+    assert train(run, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("log", "kept"),
+    [
+        (b"", b""),
+        (b"step,loss\r\n", b""),
+        (b"step,loss\r\n25,1.5\r\n50,1.25\r\n", b"step,loss\r\n25,1.5\r\n50,1.25\r\n"),
+        (b"step,loss\r\n25,1.5\r\n50,1.25\r\n75,1.0\r\n", b"step,loss\r\n25,1.5\r\n50,1.25\r\n"),
+        (b"step,loss\r\n25,1.5\r\n5", b"step,loss\r\n25,1.5\r\n"),
+        (b"step,loss\r\n25,1.5\r\n50,1.2", b"step,loss\r\n25,1.5\r\n"),
+        (b"step,loss\r\n25,1.5\r\n\0\0\0\0\0\0\n", b"step,loss\r\n25,1.5\r\n"),
+        (b"step,loss\r\n75,1.5\r\n", b""),
+    ],
+)
+def test_half_a_row_that_a_crash_has_left_is_no_row(log, kept):
+    assert rows_until(50, log) == kept
+
+
+def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "file.txt"
+    path.write_text("old")
+    fsync = os.fsync
+
+    def note(descriptor):
+        synced.append((os.path.realpath(f"/proc/self/fd/{descriptor}"), path.read_text()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with files.replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert [(Path(name).name, text) for name, text in synced] == [("file.partial", "old"), (tmp_path.name, "new")]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    def fail(partial):
+        partial.write_text("half")
+        raise OSError("no space")
+
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="no space"), files.replacing(path) as partial:
+        fail(partial)
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_saves_the_state_and_exits_with_143(times, tmp_path, monkeypatch):
+    whole, run = Run.create(tmp_path / "whole", SMALL), Run.create(tmp_path / "run", SMALL)
+    assert train(whole, "cpu")
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        for _ in range(times):
+            interrupt_at(patch, 6, signal.SIGTERM)
+        with pytest.raises(SystemExit) as exit_status:
+            train(run, "cpu")
+    assert exit_status.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert train(run, "cpu")
+    assert run.model_file.read_bytes() == whole.model_file.read_bytes()
+
+
+def test_an_interruption_in_the_last_step_is_heeded(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", SMALL)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, SMALL.steps - 1)
+        assert not train(run, "cpu")
+    assert train(run, "cpu")
+    assert run.model_file.exists()

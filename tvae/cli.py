@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from .data import DataError, DSpritesSequences, SequenceStream
 from .paper import EXHIBITS, shown_in
 from .presets import CACHE, DEFAULT_PRESET, PRESETS, Config, StepKind, check_machine
+from .processes import Launched, disconnect
 from .run import Run, RunError
 
 # training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
@@ -104,7 +105,10 @@ class ReproduceOptions:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 an error that is explained in one line, 130 interrupted."""
+    """Run one command; returns the exit status.
+
+    It is 0 done, 1 an error that is explained in one line, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {
         "train": _train,
@@ -119,8 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise ValueError(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}")
+        if arguments[0] != "train" and Launched.find().count > 1:
+            raise ValueError(f"torchrun is for `tvae train` alone; run `tvae {arguments[0]}` without it")
         return commands[arguments[0]](arguments[1:])
-    except (DataError, RunError, ValueError) as error:
+    except (DataError, RunError, ValueError, OSError) as error:
         print(f"tvae: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -140,25 +146,37 @@ def _train(arguments: list[str]) -> int:
         default = TrainOptions(PRESETS[preset].config, run_dir=Path("runs") / preset)
         options = tyro.cli(TrainOptions, args=arguments[named:], default=default, prog=f"tvae train {preset}")
         device = _device(options.device)
-        check_machine(options.step, options.config.precision, device)
+        check_machine(options.step, options.config.precision, device, Launched.find().count)
         run = _new_run(options)
     from .training import train
 
-    if not train(run, device.type, step=options.step):
+    try:
+        finished, status = train(run, device.type, step=options.step), 130
+    except SystemExit as terminated:
+        finished, status = False, terminated.code
+    disconnect()
+    if Launched.find().rank > 0:
+        return 0 if finished else status
+    if not finished:
         console.print(f"Interrupted; the state is saved. Continue with: tvae train --resume {run.path}", soft_wrap=True)
-        return 130
+        return status
     _report(run, run.config, device)
     _draw(run, run.config, device)
     return 0
 
 
 def _new_run(options: TrainOptions) -> Run:
-    """Check all that can be checked before anything is written, then make the run directory."""
-    config = options.config
+    """Check all that can be checked before anything is written, then make the run directory.
+
+    Of several processes the first one does it; the others wait for it when they connect with it.
+    """
+    config, launched = options.config, Launched.find()
     if config.data_dir is not None:
         config = replace(config, data_dir=config.data_dir.expanduser().resolve())
+    if launched.rank > 0:
+        return Run(options.run_dir, config)
     source = config.open_source("train")
-    SequenceStream(source, config.batch_size, config.seed)
+    SequenceStream(source, config.batch_size, config.seed, launched.rank, launched.count)
     with torch.device("meta"):
         config.build_model(source.image_shape)
     return Run.create(options.run_dir, config)
@@ -274,4 +292,7 @@ def _device(name: Device) -> torch.device:
         raise ValueError("--device cuda was asked for, but PyTorch finds no such device; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = Launched.find().on_machine
+    if name == "cuda" and torch.cuda.device_count() < processes:
+        raise ValueError(f"{processes} processes need a GPU each, but there are {torch.cuda.device_count()}")
     return torch.device(name)

@@ -121,18 +121,26 @@ class SequenceStream(Dataset[SequenceBatch]):
 
     (With workers the source must be on the CPU: a forked process cannot use the GPU.) An epoch visits each example
     once, in a random order, and leaves out the last, incomplete batch.
-    Start poses and transformations are drawn uniformly, anew for each batch. Raises ValueError for a batch_size that
-    the examples cannot fill.
+    Start poses and transformations are drawn uniformly, anew for each batch.
+
+    Where several processes share every batch, `rank` is the number of this one and `processes` how many there are: it
+    then draws for the whole batch, but renders the part of it alone, `part`, that is its own.
+
+    Raises ValueError for a batch_size that the examples cannot fill, or that the processes cannot share equally.
     """
 
-    def __init__(self, source: SequenceSource, batch_size: int, seed: int):
+    def __init__(self, source: SequenceSource, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
         if not 1 <= batch_size <= len(source):
             raise ValueError(
                 f"batch_size must be between 1 and the {len(source)} examples of {source.name}, got {batch_size}"
             )
+        if batch_size % processes:
+            raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}")
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
+        share = batch_size // processes
+        self.part = slice(rank * share, (rank + 1) * share)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     @property
@@ -152,7 +160,8 @@ class SequenceStream(Dataset[SequenceBatch]):
         generator = _generator(self.seed, _BATCH, i)
         choices = torch.tensor(list(self.source.transformations))
         transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator)]
-        return examples, self.source.start_poses(examples, generator), transformation
+        starts = self.source.start_poses(examples, generator)
+        return examples[self.part], starts[self.part], transformation[self.part]
 
     def _examples_of(self, epoch: int) -> Tensor:
         """Examples in the epoch's order; the last epoch asked for is kept."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from rich.table import Table
 
 from .data import SequenceBatch, SequenceSource, SequenceStream
+from .files import replacing
 from .metrics import BestSingleImage, CapCorr, ELBOTerms, EquivarianceError, LogLikelihood
 from .models import VAE
 
@@ -116,9 +116,9 @@ def digits(metric: str) -> int:
 
 def save(rows: list[Row], sequences: int, path: Path) -> None:
     """Write the rows as JSON, at once or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"sequences": sequences, "metrics": [asdict(row) for row in rows]}, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        text = json.dumps({"sequences": sequences, "metrics": [asdict(row) for row in rows]}, indent=2)
+        partial.write_text(text + "\n")
 
 
 def load(path: Path) -> list[Row]:

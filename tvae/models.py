@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.utils.parametrizations import weight_norm
 
 from tvae_kernels import Latents, Neighborhood, TopographicLayer, roll_capsules
+
+from .files import replacing
 
 Images = Float[Tensor, "batch time channel height width"]
 Capsules = Float[Tensor, "batch time capsule dim"]
@@ -242,9 +243,8 @@ class VAE(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights and settings into one safetensors file, which `load` reads without pickle; at once or not."""
         metadata = {"model": json.dumps({"model": type(self).__name__.lower(), **self.settings}, default=asdict)}
-        partial = Path(path).with_suffix(".partial")
-        save_file(self.state_dict(), partial, metadata)
-        os.replace(partial, path)
+        with replacing(Path(path)) as partial:
+            partial.write_bytes(save(self.state_dict(), metadata))
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:

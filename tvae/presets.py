@@ -134,8 +134,8 @@ class Config:
             raise ValueError(f"not a configuration of this version: {error!r}") from error
 
 
-def check_machine(kind: StepKind, precision: Precision, device: torch.device) -> None:
-    """Whether the device can take steps of a kind in a precision.
+def check_machine(kind: StepKind, precision: Precision, device: torch.device, processes: int = 1) -> None:
+    """Whether the device, or as many as there are processes, can take steps of a kind in a precision.
 
     Raises:
         ValueError: it cannot, or there is no such kind or precision.
@@ -146,6 +146,8 @@ def check_machine(kind: StepKind, precision: Precision, device: torch.device) ->
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
     if kind == "graph" and device.type != "cuda":
         raise ValueError(f"--step graph needs a GPU, got the device {device.type}; use --step eager or compiled")
+    if kind == "graph" and processes > 1:
+        raise ValueError(f"--step graph is for one process, got {processes}; use --step eager or compiled")
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and (not ampere or torch.version.hip):
         raise ValueError(f"--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more, got {device.type}")

@@ -79,7 +79,7 @@ class Step:
     def learn(self, images: Tensor) -> Iterator[str]:
         """The stages after the data."""
         with self.autocast:  # and not by Fabric, which would round the images, too
-            elbo = self.model(images)
+            elbo = self.model(images, self.stream.part.start, self.stream.batch_size)
         yield "forward"
         self.optimizer.zero_grad()
         self.fabric.backward(-elbo.total.mean())

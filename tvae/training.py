@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
@@ -21,6 +20,7 @@ from .data import SequenceSource, SequenceStream
 from .metrics import equivariance_error
 from .models import ELBO, VAE
 from .presets import Config, StepKind, check_machine
+from .processes import highest, launch, mean, on_first
 from .run import MetricsLog, Run, RunError
 from .steps import build_step, matmul_precision
 
@@ -32,10 +32,12 @@ def train(run: Run, device: str = "auto", show_progress: bool = True, step: Step
     """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
 
     Every step draws its sequences and its noise from generators seeded by (seed, step) alone. A resumed run therefore
-    gives the result of an uninterrupted one, bit for bit on a CPU, and no random state is saved.
+    gives the result of an uninterrupted one, bit for bit on a CPU, and no random state is saved. Processes that
+    torchrun has started share every batch and its noise, so that any number of them gives the result of one, up to the
+    order of float32 sums.
 
     Args:
-        run: a new or an interrupted run.
+        run: a new or an interrupted run, in a folder that all processes share.
         device: "auto", "cpu" or "cuda".
         show_progress: draw a progress bar.
         step: how the machine takes a step, as in `build_step`; the result is the same within float32 rounding.
@@ -44,28 +46,35 @@ def train(run: Run, device: str = "auto", show_progress: bool = True, step: Step
         True when the run is finished and its model written, False when it was interrupted and its state saved.
 
     Raises:
-        RunError: the loss or a weight is not finite, or the checkpoint cannot be read; the last good state is kept.
+        RunError: the loss or a weight is not finite, the checkpoint cannot be read, or a file cannot be written; the
+            last good state is kept.
         DataError: the data is missing or damaged.
-        ValueError: the device has not what the step or the precision needs.
+        ValueError: the device has not what the step or the precision needs, or the processes cannot share a batch.
+        SystemExit: SIGTERM has ended training, its state saved; with the status 143.
 
     """
     config = run.config
-    fabric = Fabric(accelerator=device, devices=1)
-    check_machine(step, config.precision, fabric.device)
-    source = config.open_source("train", fabric.device)
+    fabric = launch(device)
+    check_machine(step, config.precision, fabric.device, fabric.world_size)
+    with fabric.rank_zero_first(local=True):  # which may download the data
+        source = config.open_source("train", fabric.device)
+    stream = SequenceStream(source, config.batch_size, config.seed, fabric.global_rank, fabric.world_size)
     model = untrained_model(config, source)
     optimizer = build_optimizer(config, model)
     model, optimizer = fabric.setup(model, optimizer)
     first_step = run.load_checkpoint(model, optimizer)
+    last, minus_first = highest(fabric, first_step, -first_step)
+    if last != -minus_first:
+        raise RunError(f"the processes do not share {run.path}: some find {last} steps there, some {-minus_first}")
 
-    stream = SequenceStream(source, config.batch_size, config.seed)
     take_step = build_step(step, config.precision, fabric, model, optimizer, stream)
-    done = first_step
+    done, stop = first_step, 0
+    log = on_first(fabric, MetricsLog, run, first_step)
     with (
         matmul_precision(config.precision),
-        closing(MetricsLog(run, first_step)) as log,
+        closing(log) if fabric.is_global_zero else nullcontext(),
         interruption() as interrupted,
-        progress_bar(config.steps, first_step, show_progress) as show,
+        progress_bar(config.steps, first_step, show_progress and fabric.is_global_zero) as show,
     ):
         while done < config.steps:
             seed_noise(config.seed, done)
@@ -73,19 +82,22 @@ def train(run: Run, device: str = "auto", show_progress: bool = True, step: Step
             done += 1
 
             if done % LOG_EVERY == 0 or done == config.steps:
-                values = measure(elbo, model.module.rolls)
+                values = mean(fabric, measure(elbo, model.module.rolls))
                 # Only here, for a GPU would have to be waited for; checkpoints refuse weights that are not finite.
-                if not math.isfinite(values["loss"]):
+                if not math.isfinite(values["loss"]):  # which it is not where that of any process is not
                     raise RunError(f"the loss is {values['loss']} in step {done}; {run.advice_after_divergence()}")
-                log.log(done, values)
+                on_first(fabric, lambda: log.log(done, values))  # noqa: B023 - called at once
                 show(done, values)
-            if done % CHECKPOINT_EVERY == 0 or done == config.steps or interrupted():
-                run.save_checkpoint(done, model, optimizer)
-            if interrupted():
+            (stop,) = highest(fabric, interrupted())  # the same in all processes; SIGTERM outranks SIGINT
+            if done % CHECKPOINT_EVERY == 0 or done == config.steps or stop:
+                on_first(fabric, run.save_checkpoint, done, model, optimizer)
+            if stop:
                 break
-    if done < config.steps:
+    if stop == signal.SIGTERM:
+        raise SystemExit(128 + stop)
+    if stop:
         return False
-    model.module.save(run.model_file)
+    on_first(fabric, run.save_model, model.module)
     return True
 
 
@@ -121,19 +133,24 @@ def measure(elbo: ELBO, rolls: Neighborhood) -> dict[str, float]:
 
 
 @contextmanager
-def interruption() -> Iterator:
-    """Turn the first Ctrl-C into a question asked between steps; the second one interrupts at once."""
-    caught = []
+def interruption() -> Iterator[Callable[[], int]]:
+    """Turn Ctrl-C and SIGTERM into a question asked between steps: the number of the signal, or 0.
+
+    The second Ctrl-C interrupts at once. The second SIGTERM does not: a process may get one from its scheduler and one
+    from torchrun.
+    """
+    caught = [0]
 
     def note(signum, frame):
         caught.append(signum)
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(caught)
+        yield lambda: max(caught)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from .function import BackendUnavailableError, TopographicFunction, topographic
 from .latents import Latents, topographic_latents
 from .layer import TopographicLayer
 from .neighborhood import Neighborhood
+from .parallel import exchange_halo, topographic_split
 from .roll import roll_capsules
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Neighborhood",
     "TopographicFunction",
     "TopographicLayer",
+    "exchange_halo",
     "roll_capsules",
     "topographic",
     "topographic_latents",
+    "topographic_split",
 ]

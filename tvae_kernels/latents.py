@@ -110,10 +110,11 @@ def topographic_latents(
 
 def held_by_a_lane(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> bool:
     """Whether there is a kernel: for the problems of the `whole` kernels, whose samples fit the registers, too."""
-    _, steps, _, _, dim = z.shape
-    closed = neighborhood.time_boundary != "circular" or neighborhood.shift * steps % dim == 0
-    plain = neighborhood.is_plain and neighborhood.capsule_boundary == "circular" and mu.numel() == 1
-    return plain and u.dtype == z.dtype and 0 < steps <= MOST_FRAMES and 0 < dim <= MOST_POSITIONS and closed
+    n, (_, steps, _, _, dim) = neighborhood, z.shape
+    if not n.is_plain or n.capsule_boundary != "circular" or mu.numel() != 1 or u.dtype != z.dtype:
+        return False
+    held = 0 < steps <= MOST_FRAMES and 0 < dim <= MOST_POSITIONS
+    return held and (n.time_boundary != "circular" or n.shift * steps % dim == 0)
 
 
 def drawn(z: Tensor, u: Tensor, first: int = 0, of: int | None = None) -> Noise:
