@@ -32,7 +32,7 @@ setup(
             "filelock>=3.12",
             "jaxtyping>=0.2.30",
         ],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff"],
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff"],
         "bench": ["pytest-benchmark>=4"],
     },
     entry_points={"console_scripts": ["tvae = tvae.cli:main"]},
