@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .function import _check_tensors, _check_values, topographic
+from .function import check_arguments, topographic
 from .neighborhood import Neighborhood
 
 
@@ -58,8 +58,7 @@ def topographic_split(
 
     """
     # Before anything is exchanged: a process that fails alone leaves the others waiting.
-    _check_tensors(z, u, mu, weights)
-    _check_values(z, u, neighborhood, weights, eps)
+    check_arguments(z, u, mu, neighborhood, weights, eps)
     u = exchange_halo(u, neighborhood, group)
     return topographic(z, u, mu, replace(neighborhood, time_boundary="padded"), weights, eps, backend)
 
