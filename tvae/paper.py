@@ -144,6 +144,7 @@ EXHIBITS: dict[str, Exhibit] = {
     "fig3": Exhibit("Fig. 3: the images that activate a torus of variables most", _figure("mnist-still-tvae-torus")),
     "fig4": Exhibit("Fig. 4: capsule traversals", _figure("sprites-tvae-w10-k1", "mnist-tvae-w13-k3")),
     "fig5": Exhibit("Fig. 5: average CapCorr against L", _table(_DSPRITES, _TABLE_5)),
+    "capcorr": Exhibit("Average CapCorr against L, of the models of Table 2", _table(_DSPRITES, _TABLE_2)),
     "figB4": Exhibit(
         "Appendix B.4: traversals of unseen combined transformations", _figure("mnist-tvae-w13-k3-generalisation")
     ),

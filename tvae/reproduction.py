@@ -398,7 +398,7 @@ def draw(name: str, results: Results, jobs: list[Job], device: torch.device) -> 
     """The figure of an exhibit, of the models with the first seed; None for a table."""
     if name.startswith("table"):
         return None
-    if name == "fig5":
+    if name in ("fig5", "capcorr"):
         return figures.capcorr_against_coherence(*capcorr_series(results.lines))
     jobs = [job for job in jobs if job.config.seed == 0]
     if name == "covariance":
