@@ -34,7 +34,7 @@ def kernels(tmp_path_factory) -> list[Kernel]:
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     output = folder / "results.json"
     command = [sys.executable, __file__, str(output)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert process.returncode == 0, process.stderr[-4000:]
     return [Kernel(**data) for data in json.loads(output.read_text())]
 
