@@ -129,10 +129,11 @@ def latents_forward_kernel(
     tl.store(kl_u + tl.program_id(0).to(tl.int64) * S + frames, kls, mask=frames < S)
     v = _window_sums(squares, P.FIRST_I, P.W, P.CIRCULAR)
 
+    e += tl.program_id(2)  # 0, which the compiler does not know: else it would keep all columns in registers
     for group in tl.static_range(0, P.S, GROUP):
-        noise = _noise_rows(noise_z, count, e, inside, C * P.D, group, 0, Z, GIVEN, P)
         means = _group_rows(z, e, inside, z_stride_s, z_stride_d, group, 0, P)
         logs = _group_rows(z + z_stride_p, e, inside, z_stride_s, z_stride_d, group, 0, P)
+        noise = _noise_rows(noise_z, count, e, inside, C * P.D, group, 0, Z, GIVEN, P)
         for l in tl.static_range(group, min(group + GROUP, P.S)):
             mean, std, kl = _posterior(means[l - group], logs[l - group], P)
             t_here = (mean + std * noise[l - group].to(P.ACC) - mu) * _reciprocal_root(v[l], P)
