@@ -240,7 +240,7 @@ _MNIST = Config(data="mnist", capsules=18, capsule_dim=18, steps=600_000)  # 100
 _SPRITES = Config(data="sprites", capsules=15, capsule_dim=15, steps=632_800)  # 100 epochs of 50,625 // 8 batches
 
 _MNIST_MODELS = """
-    tvae-w18-k3 tvae-w13-k3 tvae-w5-k3 tvae-w1-k9 bubblevae-w5-k5 bubblevae-w5-k3 vae
+    tvae-w18-k3 tvae-w13-k3 tvae-w5-k3 tvae-w1-k9 bubblevae-w5-k3 vae
     tvae-w18-k3-normalised tvae-w13-k3-normalised tvae-w9-k3-normalised tvae-w5-k3-normalised tvae-w1-k9-normalised
     bubblevae-w18-k18-normalised bubblevae-w9-k9-normalised bubblevae-w5-k5-normalised bubblevae-w5-k3-normalised
     tvae-w5-k3-projected vae-projected vae-normalised
