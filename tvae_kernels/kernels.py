@@ -30,6 +30,7 @@ from .kernels_plain import (
     whole_forward_kernel,
 )
 from .kernels_taps import Taps, taps_backward_kernel, taps_forward_kernel
+from .latents import MOST_POSITIONS
 from .neighborhood import Neighborhood
 from .reference import compute_dtype
 from .taps import phases, shape_of_r, table, weight_sums
@@ -37,7 +38,6 @@ from .taps import phases, shape_of_r, table, weight_sums
 _ACCUMULATOR = {torch.float32: tl.float32, torch.float64: tl.float64}
 _MOST_FRAMES = {torch.float32: 32, torch.float64: 18}  # that a lane can hold in registers
 _MOST_ELEMENTS = {torch.float32: 8192, torch.float64: 4096}  # that a tile can hold in registers
-_MOST_POSITIONS = 512  # of a capsule that lies in one program
 _WARP = 64 if torch.version.hip else 32
 
 
@@ -180,7 +180,7 @@ def _choose(
 def _choice(
     neighborhood: Neighborhood, S: int, D: int, accumulator: torch.dtype, eps: float, wide: bool
 ) -> Choice | None:
-    if neighborhood.capsule_boundary != "circular" or not 0 < D <= _MOST_POSITIONS or S == 0:
+    if neighborhood.capsule_boundary != "circular" or not 0 < D <= MOST_POSITIONS or S == 0:
         return None
     circular = neighborhood.time_boundary == "circular"
     shift, taps = neighborhood.shift % D, neighborhood.time_taps

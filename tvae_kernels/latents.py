@@ -19,7 +19,7 @@ from .reference import compute_dtype
 
 Noise = tuple[Tensor, Tensor]
 MOST_FRAMES = 18  # that a lane can hold in registers, with their samples
-MOST_POSITIONS = 512  # of a capsule that lies in one program
+MOST_POSITIONS = 512  # of a capsule that lies in one program, here and in all kernels for plain windows
 
 
 class Latents(NamedTuple):

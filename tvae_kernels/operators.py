@@ -61,19 +61,10 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
     return _window_sum(x, neighborhood.text, adjoint)
 
 
-def latents_forward(
-    z: Tensor,
-    u: Tensor,
-    mu: Tensor,
-    noise_z: Tensor | None,
-    noise_u: Tensor | None,
-    seed: Tensor | None,
-    first: int,
-    neighborhood: Neighborhood,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def latents_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """As `kernels.latents_forward`, through `torch.ops.tvae_kernels.latents_forward`."""
-    return _latents_forward(z, u, mu, noise_z, noise_u, seed, first, neighborhood.text, eps)
+    *tensors, first, neighborhood, eps = arguments
+    return _latents_forward(*tensors, first, neighborhood.text, eps)
 
 
 def latents_backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
