@@ -147,6 +147,51 @@ def run_training(data_dir: Path | None = None, samples: int = 50, output: Path |
         run_report()
 
 
+def run_agreement(
+    data_dir: Path | None = None, steps: int = 100, sequences: int = 40, output: Path | None = None
+) -> None:
+    """Train every preset with a topography a little, fused and not, on the same noise, and compare their metrics.
+
+    The models of the paper's main experiments are trained in all precisions that the machine has, too.
+
+    Args:
+        data_dir: folder with data files; presets whose data is not there are left out.
+        steps: of each training.
+        sequences: to evaluate each model on.
+        output: JSON file to write, after every preset; by default benchmarks/results/agreement-MACHINE.json.
+
+    """
+    from tvae.data import DataError
+
+    from . import agreement, report
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = environment.describe()
+    file = output or results.path(described, device.type, "agreement")
+    content = {"environment": described, "device": device.type, "steps": steps, "sequences": sequences}
+    content |= {"cases": [], "left_out": {}}
+    chosen = agreement.configs(data_dir)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for preset, config in chosen.items():
+
+            def say(what: str, preset=preset) -> None:
+                progress.update(task, description=f"{preset}: {what}")
+
+            try:
+                content["cases"].append(agreement.measure(preset, config, device, steps, sequences, say))
+            except DataError as error:
+                content["left_out"][preset] = str(error)
+            results.write(file, content)
+            progress.advance(task)
+    for table in (report.agreement_table, report.precision_table):
+        console.print(Markdown(table(file)))
+    console.print(f"written to {file}")
+    if output is None:
+        run_report()
+
+
 def run_machine_code(output: Path = results.FOLDER / "machine-code.json") -> None:
     """Compile the kernels ahead of time, for GPUs that need not be there, and count what their machine code does.
 
@@ -206,6 +251,7 @@ COMMANDS = {
     "overhead": run_overhead,
     "machine-code": run_machine_code,
     "training": run_training,
+    "agreement": run_agreement,
     "report": run_report,
 }
 

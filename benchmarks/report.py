@@ -12,6 +12,7 @@ from pathlib import Path
 from tvae.presets import PRESETS
 
 from . import machine_code, overhead, results, targets
+from .agreement import FUSED, UNFUSED
 from .operation import FLOOR
 from .results import Measured, Result, Steps
 
@@ -66,16 +67,16 @@ def render(name: str, loaded: list[Result], folder: Path = ROOT) -> str:
     """One block: `operation-KIND`, `operation-KIND-targets`, `operation-KIND-all`, `operation-KIND-figure`, or others.
 
     KIND is `cpu` or `gpu`. The first is forward + backward at K = 3, `all` every case in every direction. The others
-    are `training`, with `-stages`, `-targets` or `-figure`, `topographies`, `machine-code` and `overhead`.
+    are those of `MACHINES` and of `OTHERS`.
     """
     if name in OTHERS:
         return OTHERS[name]()
-    if name in TRAINING:
-        return all_training(TRAINING[name], folder)
+    if name in MACHINES:
+        return all_machines(name, folder)
     _, kind, what = (*name.split("-"), "")[:3]
     if name.split("-")[0] != "operation" or kind not in ("cpu", "gpu") or what not in RENDERERS:
         known = ", ".join(f"operation-{kind}{'-' * bool(x)}{x}" for kind in ("cpu", "gpu") for x in RENDERERS)
-        known += "".join(f", {other}" for other in (*TRAINING, *OTHERS))
+        known += "".join(f", {other}" for other in (*MACHINES, *OTHERS))
         raise ValueError(f"there is no benchmark {name!r}; there are {known}")
     chosen = [result for result in loaded if result.on_gpu == (kind == "gpu")]
     parts = [f"{caption(result)}\n\n{RENDERERS[what](result, folder)}" for result in chosen]
@@ -171,14 +172,7 @@ def overhead_table(file: Path = results.FOLDER / "overhead.json") -> str:
     return f"{text}\n\n{_markdown(['call', 'time of the host'], rows)}"
 
 
-def all_topographies(folder: Path = results.FOLDER) -> str:
-    """One table for each machine."""
-    files = sorted(folder.glob("topographies-*.json"))
-    missing = [] if any(file.stem != "topographies-cpu" for file in files) else [NOT_MEASURED]
-    return "\n\n".join([*map(topographies_table, files), *missing])
-
-
-def topographies_table(file: Path) -> str:
+def topographies_table(file: Path, _: Path | None = None) -> str:
     """Medians of ours, and how many times as long every peer takes."""
     content = json.loads(file.read_text())
     e, ours = content["environment"], content["ours"]
@@ -208,14 +202,6 @@ WAYS = {
     "reference": "reference layer, eager",
     "convolution": "convolution layer, eager",
 }
-
-
-def all_training(renderer: Callable[[Path, Path], str], folder: Path, files: Path = results.FOLDER) -> str:
-    """One block for each machine, links relative to `folder`; and what is missing."""
-    found = sorted(files.glob("training-*.json"))
-    missing = [] if any(file.stem == "training-cpu" for file in found) else ["Not measured."]
-    missing += [] if any(file.stem != "training-cpu" for file in found) else [NOT_MEASURED]
-    return "\n\n".join([*(renderer(file, folder) for file in found), *missing])
 
 
 def _training(file: Path) -> tuple[str, bool, list[Steps]]:
@@ -321,13 +307,74 @@ def training_figure(file: Path, picture: Path) -> Path:
     return picture
 
 
-TRAINING: dict[str, Callable[[Path, Path], str]] = {
-    "training": training_table,
-    "training-stages": training_stages,
-    "training-targets": training_targets,
-    "training-figure": training_link,
+def agreement_table(file: Path, _: Path | None = None) -> str:
+    """Metrics of every preset, trained unfused and fused on the same noise."""
+    text, cases, left_out = _agreement(file)
+    rows = []
+    for case in cases:
+        unfused, fused = (_metrics(case["metrics"][name]) for name in (UNFUSED.name, FUSED.name))
+        pairs = [x for pair in zip(unfused, fused, strict=True) for x in pair]
+        rows.append([f"`{case['preset']}`", *pairs, f"{case['difference'][FUSED.name]:.2g}"])
+    heads = [f"{metric}, {way}" for metric in METRICS for way in (UNFUSED.name, FUSED.name)]
+    reasons = dict.fromkeys(left_out.values())
+    missing = [", ".join(f"`{name}`" for name in left_out if left_out[name] == reason) for reason in reasons]
+    missing = "".join(f"\n\nLeft out, for their data was not there: {names}." for names in missing)
+    return f"{text}\n\n{_markdown(['preset', *heads, 'largest difference'], rows)}{missing}"
+
+
+def precision_table(file: Path, _: Path | None = None) -> str:
+    """Metrics of the presets that were trained in several precisions."""
+    text, cases, _ = _agreement(file)
+    rows = []
+    for case in cases:
+        ways = [name for name in case["metrics"] if name != UNFUSED.name]
+        for name in ways if len(ways) > 1 else ():
+            precision = name.removeprefix(FUSED.name).removeprefix(", ") or FUSED.precision
+            metrics, difference = _metrics(case["metrics"][name]), f"{case['difference'][name]:.2g}"
+            rows.append([f"`{case['preset']}`", f"`{precision}`", *metrics, difference])
+    return f"{text}\n\n{_markdown(['preset', 'precision', *METRICS, 'largest difference'], rows)}"
+
+
+METRICS = ("ELBO", "E_eq", "CapCorr")
+
+
+def _agreement(file: Path) -> tuple[str, list[dict], dict[str, str]]:
+    """Caption, cases, and by preset why it was left out."""
+    content = json.loads(file.read_text())
+    e = content["environment"]
+    machine = e["gpu"] if content["device"] == "cuda" else f"{e['cpu']}, {e['threads']} threads"
+    text = f"{content['steps']} steps of each training, evaluated on {content['sequences']} sequences. "
+    text += f"Computed on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
+    return text, content["cases"], content["left_out"]
+
+
+def _metrics(values: dict[str, float]) -> list[str]:
+    """ELBO in nats a frame, E_eq, and the mean of CapCorr over the factors; the latter two of sequences that move."""
+    correlations = [x for metric, x in values.items() if metric.startswith("CapCorr")]
+    error = f"{values['E_eq']:.4g}" if "E_eq" in values else ""
+    return [f"{values['ELBO']:.1f}", error, f"{statistics.mean(correlations):.3f}" if correlations else ""]
+
+
+# Blocks with a part for each machine: what names its files, and what makes the part of one, with links from a folder.
+MACHINES: dict[str, tuple[str, Callable[[Path, Path], str]]] = {
+    "topographies": ("topographies", topographies_table),
+    "training": ("training", training_table),
+    "training-stages": ("training", training_stages),
+    "training-targets": ("training", training_targets),
+    "training-figure": ("training", training_link),
+    "agreement": ("agreement", agreement_table),
+    "agreement-precision": ("agreement", precision_table),
 }
-OTHERS = {"topographies": all_topographies, "machine-code": machine_code_table, "overhead": overhead_table}
+OTHERS = {"machine-code": machine_code_table, "overhead": overhead_table}
+
+
+def all_machines(name: str, folder: Path, files: Path = results.FOLDER) -> str:
+    """One part for each machine; and what is missing."""
+    what, renderer = MACHINES[name]
+    found = sorted(files.glob(f"{what}-*.json"))
+    missing = [] if any(file.stem == f"{what}-cpu" for file in found) else ["Not measured."]
+    missing += [] if any(file.stem != f"{what}-cpu" for file in found) else [NOT_MEASURED]
+    return "\n\n".join([*(renderer(file, folder) for file in found), *missing])
 
 
 def roofline(result: Result, file: Path) -> Path:

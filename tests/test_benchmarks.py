@@ -12,6 +12,7 @@ from numerics import assert_within
 
 from benchmarks import (
     __main__,
+    agreement,
     devices,
     environment,
     operation,
@@ -24,8 +25,8 @@ from benchmarks import (
     training,
 )
 from benchmarks.operation import Case, Copies, Judge, Problem, WrongResultError
-from tvae.presets import Config
-from tvae_kernels import Neighborhood
+from tvae.presets import PRESETS, Config
+from tvae_kernels import Neighborhood, latents
 
 CPU = torch.device("cpu")
 WINDOWS = [(1, 1), (5, 3), (6, 2), (9, 3)]  # on (7 to 9 frames, 11 positions); even, odd, a whole sequence
@@ -122,7 +123,7 @@ def test_topographies_are_reported_by_machine(tmp_path):
     }
     content = {"environment": environment.describe(), "unit": "us", "ours": "torch", "cases": [case]}
     results.write(tmp_path / "topographies-cpu.json", content)
-    text = report.all_topographies(tmp_path)
+    text = report.all_machines("topographies", tmp_path, tmp_path)
     assert "| `plain` | 1, 2, 3, 4 | 2 ms | 5 ms (2.5x) | 4 ms | 6 ms (1.5x) |" in text
     assert text.endswith(report.NOT_MEASURED)
 
@@ -574,17 +575,15 @@ def test_training_targets_of_a_gpu(tmp_path):
 
 
 def test_training_blocks_say_what_was_not_measured(tmp_path, monkeypatch):
-    for name in report.TRAINING:
-        assert (
-            report.all_training(report.TRAINING[name], tmp_path, tmp_path) == "Not measured.\n\nNot measured on a GPU."
-        )
+    for name in report.MACHINES:
+        assert report.all_machines(name, tmp_path, tmp_path) == "Not measured.\n\nNot measured on a GPU."
     cases = [trained("sprites-tvae-w10-k1", 8, {"eager": 80.0}, products=40.0)]
     written_training(tmp_path, "cpu", "cpu", cases)
-    text = report.all_training(report.training_table, tmp_path, tmp_path)
+    text = report.all_machines("training", tmp_path, tmp_path)
     assert "ours, eager" in text
     assert text.endswith("\n\nNot measured on a GPU.")
     written_training(tmp_path, "tiny", "cuda", cases)
-    text = report.all_training(report.training_table, tmp_path, tmp_path)
+    text = report.all_machines("training", tmp_path, tmp_path)
     assert "Measured on Tiny;" in text
     assert "Not measured" not in text
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -599,6 +598,61 @@ def test_one_command_measures_training(small_training, monkeypatch, tmp_path, ca
     (case,) = json.loads(file.read_text())["cases"]
     assert len(case["samples"]["reference"]["forward"]) == 2
     assert "published code" in capsys.readouterr().out
+
+
+def test_training_fused_and_in_other_precisions_is_compared_by_its_metrics(monkeypatch):
+    data = agreement.measure("sprites-tvae-w10-k1", TRAINED, CPU, steps=3, sequences=24)
+    assert data["metrics"].keys() == data["difference"].keys() == {"unfused", "fused", "fused, bf16-mixed"}
+    assert {"ELBO", "E_eq", "CapCorr scale"} < data["metrics"]["fused"].keys()
+    assert data["difference"]["unfused"] == 0
+    assert data["difference"]["fused"] < 1e-5 < data["difference"]["fused, bf16-mixed"] < 0.05
+    right = latents.topographic
+
+    def wrong(z, u, mu, neighborhood, weights, eps, backend):
+        return right(z, u if backend == "reference" else 1.001 * u, mu, neighborhood, weights, eps, backend)
+
+    monkeypatch.setattr(latents, "topographic", wrong)
+    data = agreement.measure("sprites-tvae-w10-k1", TRAINED, CPU, steps=3, sequences=24)
+    assert data["difference"]["fused"] > 1e-5
+
+
+def test_presets_to_compare_are_those_with_a_topography_whose_data_is_there(tmp_path):
+    assert not any(PRESETS[name].config.model == "vae" for name in agreement.configs(tmp_path))
+    without = sum(preset.config.model == "vae" for preset in PRESETS.values())
+    assert without + len(agreement.configs(tmp_path)) == len(PRESETS)
+    assert all(config.data.startswith("sprites") for config in agreement.configs(None).values())
+    assert [training.precision for training in agreement.trainings("quickstart", CPU)] == ["32-true"] * 2
+
+
+def test_one_command_compares_metrics_and_its_tables_show_them(monkeypatch, tmp_path, capsys):
+    configs = {"quickstart": TRAINED, "sprites-tvae-w10-k1": TRAINED, "dsprites-vae": replace(TRAINED, data="dsprites")}
+    configs["dsprites-vae"] = replace(configs["dsprites-vae"], data_dir=tmp_path)
+    monkeypatch.setattr(agreement, "configs", lambda data_dir: configs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "agreement-cpu.json"
+    __main__.run_agreement(steps=1, sequences=24, output=file)
+    content = json.loads(file.read_text())
+    assert [case["preset"] for case in content["cases"]] == ["quickstart", "sprites-tvae-w10-k1"]
+    assert content["left_out"].keys() == {"dsprites-vae"}
+    assert "Left out, for their data was not there" in capsys.readouterr().out
+    metrics = {"ELBO": -1234.56, "E_eq": 567.89, "CapCorr x": 0.5, "CapCorr y": 1.0}
+    other = {"ELBO": -1000.0}
+    cases = [
+        {"preset": "a", "metrics": {"unfused": metrics, "fused": metrics}, "difference": {"fused": 1.23e-6}},
+        {
+            "preset": "b",
+            "metrics": {"unfused": other, "fused": other, "fused, tf32": metrics},
+            "difference": {"fused": 0.0, "fused, tf32": 0.25},
+        },
+    ]
+    results.write(file, content | {"cases": cases, "left_out": {}})
+    table = report.agreement_table(file)
+    assert "1 steps of each training, evaluated on 24 sequences." in table
+    assert "| `a` | -1235.0 | -1235.0 | 567.9 | 567.9 | 0.750 | 0.750 | 1.2e-06 |" in table
+    assert "Left out" not in table
+    table = report.precision_table(file)
+    assert "`a`" not in table
+    assert "| `b` | `32-true` | -1000.0 |  |  | 0 |\n| `b` | `tf32` | -1235.0 | 567.9 | 0.750 | 0.25 |" in table
 
 
 def test_training_cases_are_the_paper_s_sizes_and_sixteen_times_their_batch(tmp_path):

@@ -1,0 +1,104 @@
+"""Every preset trained with the fused latents and without, and in lower precision, on the same noise: their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from tvae.evaluation import FixedSequences, evaluate
+from tvae.presets import PRESETS, Config, Precision, check_machine
+from tvae.steps import matmul_precision
+from tvae.training import seed_noise
+
+from .training import NAMES, Variant
+
+IMPORTANCE_SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way to train a preset: `variant` as in `training.Variant`, in a precision."""
+
+    variant: str
+    precision: Precision = "32-true"
+
+    @property
+    def name(self) -> str:
+        """As in "fused" or "fused, bf16-mixed"."""
+        way = "unfused" if self.variant == "reference" else "fused"
+        return way if self.precision == "32-true" else f"{way}, {self.precision}"
+
+
+UNFUSED, FUSED = Training("reference"), Training("given noise")
+
+
+def trainings(preset: str, device: torch.device) -> list[Training]:
+    """The unfused one and the fused one, and of the paper's two models all precisions that the machine has."""
+    chosen = [UNFUSED, FUSED]
+    for precision in get_args(Precision)[1:] if preset in NAMES else ():
+        try:
+            check_machine("eager", precision, device)
+        except ValueError:
+            continue
+        chosen.append(Training("given noise", precision))
+    return chosen
+
+
+def configs(data_dir: Path | None) -> dict[str, Config]:
+    """Every preset with a topography, by name, with the folder's data; without a folder those that need no files."""
+    return {
+        name: replace(preset.config, data_dir=data_dir)
+        for name, preset in PRESETS.items()
+        if preset.config.model != "vae" and (data_dir is not None or preset.config.data.startswith("sprites"))
+    }
+
+
+def measure(
+    preset: str,
+    config: Config,
+    device: torch.device,
+    steps: int,
+    sequences: int,
+    say: Callable[[str], object] = lambda _: None,
+) -> dict:
+    """Train a preset in every way, on the same weights, sequences and noise, and evaluate each model as it was trained.
+
+    Args:
+        preset: the configuration's name.
+        config: the preset.
+        device: where.
+        steps: of training.
+        sequences: to evaluate on.
+        say: told what is being done.
+
+    Returns:
+        `preset`; `metrics`, by training and metric; `difference`, by training the largest difference of a metric from
+        that of the unfused training in float32, over the latter's value, and of CapCorr, which is at most 1, as it is.
+
+    Raises:
+        DataError: the preset's data is not in the folder.
+
+    """
+    train, test = (config.open_source(split, device) for split in ("train", "test"))
+    fixed = FixedSequences.of(test, sequences, config.batch_size)
+    metrics, difference = {}, {}
+    for training in trainings(preset, device):
+        say(training.name)
+        variant = Variant(training.variant, replace(config, precision=training.precision), train)
+        with matmul_precision(training.precision):
+            for i in range(steps):
+                seed_noise(config.seed, i)
+                variant.step(i)
+        rows = {row.metric: row.value for row in evaluate(variant.model.module, fixed, IMPORTANCE_SAMPLES)}
+        metrics[training.name] = rows
+        difference[training.name] = max(apart(metric, x, metrics[UNFUSED.name][metric]) for metric, x in rows.items())
+    return {"preset": preset, "metrics": metrics, "difference": difference}
+
+
+def apart(metric: str, value: float, wanted: float) -> float:
+    """How far a metric is from the one wanted, as `measure` says."""
+    return abs(value - wanted) / (1 if metric.startswith("CapCorr") else abs(wanted) or 1)
