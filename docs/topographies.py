@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from tvae.evaluation import digits, load
 from tvae_kernels import Neighborhood, reference
 
 FOLDER = Path(__file__).parent
@@ -164,7 +165,36 @@ taken up x yet. CapCorr is 0.95 for x and 0.92 for y (chance 0.28 and 0.08), alo
     tvae train sprites-shifts-tvae-axes --steps 1000 --evaluation-sequences 100
 
 ![Traversals along each axis](../results/sprites-shifts-tvae-axes-1000-steps/traversals.png)
+
+The others after 1,000 steps on sprites of which one factor advances, by
+
+    tvae train PRESET --steps 1000 --evaluation-sequences 100
+
 """
+
+
+# Presets with committed runs of 1,000 steps, and what their pictures show.
+RUNS: dict[str, str] = {}
+
+
+def runs_table() -> str:
+    """The metrics of `RUNS`, and of chance in brackets."""
+    rows = []
+    for preset in RUNS:
+        metrics = {row.metric: row for row in load(FOLDER.parent / f"results/{preset}-1000-steps/evaluation.json")}
+        names = ("ELBO", "E_eq", *(name for name in metrics if name.startswith("CapCorr")))
+        values = ((metrics[name], digits(name)) for name in names)
+        rows.append([f"`{preset}`", *(f"{row.value:,.{n}f} ({row.chance:,.{n}f})" for row, n in values)])
+    heads = ["preset", *names]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))
+
+
+def runs() -> str:
+    """The metrics and a picture of each."""
+    text = f"{runs_table()}\n\nIn brackets is what chance gives.\n"
+    for preset, shown in RUNS.items():
+        text += f"\n`{preset}`: {shown}\n\n![Traversals of {preset}](../results/{preset}-1000-steps/traversals.png)\n"
+    return text
 
 
 def terms(topography: Topography) -> tuple[Neighborhood, torch.Tensor]:
@@ -248,7 +278,7 @@ def page() -> str:
             f"## {topography.title}\n\n{topography.text}\n\n{topography.equation}\n\n"
             f"```python\n{topography.code}\n```\n\n![{topography.title}](topographies/{number}.png)\n"
         )
-    parts.append(MODELS)
+    parts.append(MODELS + runs())
     return "\n".join(parts)
 
 

@@ -197,3 +197,38 @@ def test_capsules_that_roll_by_their_topography_are_equivariant(rolls, dim, step
         back = observed_roll(t[:, 0], t, rolls)
         # frame l is the first rolled l times, which is the first rolled back round_trip - l times
         assert torch.equal((-back) % round_trip, torch.arange(steps).expand(4, -1) % round_trip)
+
+
+# frames, and after how many a circle along each axis would close
+NOT_CIRCULAR = {
+    "cut": (Neighborhood(capsule_boundary="zero"), 7, (7,)),
+    "half a position": (Neighborhood(shift=0.5, capsule_boundary="zero"), 12, (14,)),
+    "backwards, padded": (Neighborhood(3, 1, -2, time_boundary="padded", capsule_boundary="padded"), 4, (7,)),
+    "speeds": (Neighborhood(speeds=(1, 2, 0.5), capsule_boundary="zero"), 4, (4,)),
+    "either axis": (Neighborhood(axes=(4, 5), roots="each axis", capsule_boundary="zero"), 4, (4, 5)),
+}
+
+
+@pytest.mark.parametrize(("rolls", "frames", "rounds"), NOT_CIRCULAR.values(), ids=NOT_CIRCULAR)
+@pytest.mark.parametrize("outside", [0.0, -10.0])
+def test_the_roll_of_capsules_that_are_not_circular_is_seen_where_nothing_comes_from_outside(
+    rolls, frames, rounds, outside
+):
+    """Whatever comes from there, and however far all are from 0: a product would then be largest without a roll."""
+    first = torch.randn(4, 3, math.prod(rolls.axes or (7,)), dtype=torch.float64) - 30
+    for axis, steps in enumerate(rounds):
+        axis = axis if len(rounds) > 1 else None
+        t = torch.stack([roll_capsules(first - outside, l, rolls, axis) for l in range(frames)], 1) + outside
+        back = observed_roll(t[:, 0], t, rolls)
+        assert torch.equal(-back % steps, torch.arange(frames).expand(4, -1))
+
+
+def test_capcorr_of_a_perfect_roll_of_capsules_that_are_not_circular():
+    starts = torch.arange(15)
+    rolls = Neighborhood(capsule_boundary="zero")
+    first = torch.randn(15, 4, 15) - 30
+    t = torch.stack([roll_capsules(first, l, rolls) for l in range(15)], 1)
+    factors, kind = sequences_of(starts, 15, 15)
+    metric = CapCorr(["x"], rolls)
+    metric.update(t, factors, kind)
+    assert metric.compute()["x"] == pytest.approx(1)

@@ -84,16 +84,36 @@ def observed_roll(
     The one with the largest product `Σ_d Roll_{-k}(first)[d] · t[d]`, the most frequent one (on a tie the smallest)
     over the capsules. Candidates are the steps of one round: D of them for one position a step, D / α for α of one.
     Where capsules may roll along one of several axes, the axis counts whose winner has the larger product.
+
+    Capsules that are not circular cannot roll back: a roll forward by m steps of a round of R counts as R - m. Theirs
+    is the one with the least mean squared difference over the positions that come from within the capsule. (That of the
+    largest product where nothing comes from outside; elsewhere the product of more positions would win.)
     """
     best = []
     for axis in _axes(rolls):
-        rolled_back = [roll_capsules(first, -k, rolls, axis) for k in range(_steps_of_a_round(rolls, axis, t))]
-        correlation = torch.einsum("bckd,bscd->bsck", torch.stack(rolled_back, dim=-2), t)
-        votes = F.one_hot(correlation.argmax(-1), len(rolled_back)).sum(-2).argmax(-1)
-        score = correlation.sum(2).gather(-1, votes[..., None]).squeeze(-1)
-        best.append((score, votes))
+        steps = _steps_of_a_round(rolls, axis, t)
+        if rolls.capsule_boundary == "circular":
+            rolled_back = [roll_capsules(first, -k, rolls, axis) for k in range(steps)]
+            match = torch.einsum("bckd,bscd->bsck", torch.stack(rolled_back, dim=-2), t)
+        else:
+            forward = [_closeness(first, t, m, rolls, axis) for m in (0, *range(steps - 1, 0, -1))]
+            match = torch.stack(forward, dim=-1)
+        votes = F.one_hot(match.argmax(-1), steps).sum(-2).argmax(-1)
+        best.append((match.sum(2).gather(-1, votes[..., None]).squeeze(-1), votes))
     scores, votes = (torch.stack(x) for x in zip(*best, strict=True))
     return votes.gather(0, scores.argmax(0, keepdim=True)).squeeze(0)
+
+
+def _closeness(
+    first: Tensor, t: Capsules, steps: int, rolls: Neighborhood, axis: int | None
+) -> Float[Tensor, "batch time capsule"]:
+    """Minus the mean squared difference of the rolled `first` and `t`, over positions that come from within."""
+    inside = (
+        roll_capsules(torch.ones_like(first[0]), steps, rolls, axis) > 1 - 1e-6
+    )  # not if mixed with a 0 from outside
+    difference = (roll_capsules(first, steps, rolls, axis).unsqueeze(1) - t) * inside
+    count = inside.sum(-1)
+    return (-difference.square().sum(-1) / count).masked_fill(count == 0, -torch.inf)
 
 
 def _steps_of_a_round(rolls: Neighborhood, axis: int | None, t: Capsules) -> int:
