@@ -12,7 +12,7 @@ from pathlib import Path
 from tvae.presets import PRESETS
 
 from . import machine_code, overhead, results, targets
-from .agreement import FUSED, UNFUSED
+from .agreement import FUSED, NUDGED, UNFUSED
 from .operation import FLOOR
 from .results import Measured, Result, Steps
 
@@ -314,12 +314,13 @@ def agreement_table(file: Path, _: Path | None = None) -> str:
     for case in cases:
         unfused, fused = (_metrics(case["metrics"][name]) for name in (UNFUSED.name, FUSED.name))
         pairs = [x for pair in zip(unfused, fused, strict=True) for x in pair]
-        rows.append([f"`{case['preset']}`", *pairs, f"{case['difference'][FUSED.name]:.2g}"])
+        differences = [f"{case['difference'][way.name]:.2g}" for way in (FUSED, NUDGED)]
+        rows.append([f"`{case['preset']}`", *pairs, *differences])
     heads = [f"{metric}, {way}" for metric in METRICS for way in (UNFUSED.name, FUSED.name)]
     reasons = dict.fromkeys(left_out.values())
     missing = [", ".join(f"`{name}`" for name in left_out if left_out[name] == reason) for reason in reasons]
     missing = "".join(f"\n\nLeft out, for their data was not there: {names}." for names in missing)
-    return f"{text}\n\n{_markdown(['preset', *heads, 'largest difference'], rows)}{missing}"
+    return f"{text}\n\n{_markdown(['preset', *heads, 'largest difference', 'if nudged'], rows)}{missing}"
 
 
 def precision_table(file: Path, _: Path | None = None) -> str:
@@ -327,7 +328,7 @@ def precision_table(file: Path, _: Path | None = None) -> str:
     text, cases, _ = _agreement(file)
     rows = []
     for case in cases:
-        ways = [name for name in case["metrics"] if name != UNFUSED.name]
+        ways = [name for name in case["metrics"] if name.startswith(FUSED.name)]
         for name in ways if len(ways) > 1 else ():
             precision = name.removeprefix(FUSED.name).removeprefix(", ") or FUSED.precision
             metrics, difference = _metrics(case["metrics"][name]), f"{case['difference'][name]:.2g}"

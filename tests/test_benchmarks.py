@@ -602,9 +602,14 @@ def test_one_command_measures_training(small_training, monkeypatch, tmp_path, ca
 
 def test_training_fused_and_in_other_precisions_is_compared_by_its_metrics(monkeypatch):
     data = agreement.measure("sprites-tvae-w10-k1", TRAINED, CPU, steps=3, sequences=24)
-    assert data["metrics"].keys() == data["difference"].keys() == {"unfused", "fused", "fused, bf16-mixed"}
+    assert (
+        data["metrics"].keys()
+        == data["difference"].keys()
+        == {"unfused", "unfused, nudged", "fused", "fused, bf16-mixed"}
+    )
     assert {"ELBO", "E_eq", "CapCorr scale"} < data["metrics"]["fused"].keys()
     assert data["difference"]["unfused"] == 0
+    assert 0 < data["difference"]["unfused, nudged"] < 1e-5
     assert data["difference"]["fused"] < 1e-5 < data["difference"]["fused, bf16-mixed"] < 0.05
     right = latents.topographic
 
@@ -621,7 +626,7 @@ def test_presets_to_compare_are_those_with_a_topography_whose_data_is_there(tmp_
     without = sum(preset.config.model == "vae" for preset in PRESETS.values())
     assert without + len(agreement.configs(tmp_path)) == len(PRESETS)
     assert all(config.data.startswith("sprites") for config in agreement.configs(None).values())
-    assert [training.precision for training in agreement.trainings("quickstart", CPU)] == ["32-true"] * 2
+    assert [training.precision for training in agreement.trainings("quickstart", CPU)] == ["32-true"] * 3
 
 
 def test_one_command_compares_metrics_and_its_tables_show_them(monkeypatch, tmp_path, capsys):
@@ -638,17 +643,21 @@ def test_one_command_compares_metrics_and_its_tables_show_them(monkeypatch, tmp_
     metrics = {"ELBO": -1234.56, "E_eq": 567.89, "CapCorr x": 0.5, "CapCorr y": 1.0}
     other = {"ELBO": -1000.0}
     cases = [
-        {"preset": "a", "metrics": {"unfused": metrics, "fused": metrics}, "difference": {"fused": 1.23e-6}},
+        {
+            "preset": "a",
+            "metrics": {"unfused": metrics, "fused": metrics},
+            "difference": {"fused": 1.23e-6, "unfused, nudged": 0.5},
+        },
         {
             "preset": "b",
             "metrics": {"unfused": other, "fused": other, "fused, tf32": metrics},
-            "difference": {"fused": 0.0, "fused, tf32": 0.25},
+            "difference": {"fused": 0.0, "fused, tf32": 0.25, "unfused, nudged": 0.0},
         },
     ]
     results.write(file, content | {"cases": cases, "left_out": {}})
     table = report.agreement_table(file)
     assert "1 steps of each training, evaluated on 24 sequences." in table
-    assert "| `a` | -1235.0 | -1235.0 | 567.9 | 567.9 | 0.750 | 0.750 | 1.2e-06 |" in table
+    assert "| `a` | -1235.0 | -1235.0 | 567.9 | 567.9 | 0.750 | 0.750 | 1.2e-06 | 0.5 |" in table
     assert "Left out" not in table
     table = report.precision_table(file)
     assert "`a`" not in table
