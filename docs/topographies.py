@@ -166,7 +166,8 @@ taken up x yet. CapCorr is 0.95 for x and 0.92 for y (chance 0.28 and 0.08), alo
 
 ![Traversals along each axis](../results/sprites-shifts-tvae-axes-1000-steps/traversals.png)
 
-The others after 1,000 steps on sprites of which one factor advances, by
+The others after 1,000 steps on sprites of which one factor advances; all shapes are still discs. E_eq counts what rolls
+out of capsules that are not cyclic as lost, CapCorr compares what is left. Made by
 
     tvae train PRESET --steps 1000 --evaluation-sequences 100
 
@@ -174,7 +175,17 @@ The others after 1,000 steps on sprites of which one factor advances, by
 
 
 # Presets with committed runs of 1,000 steps, and what their pictures show.
-RUNS: dict[str, str] = {}
+RUNS = {
+    "sprites-tvae-third": "5 positions for 15 frames: rolled by thirds, `t_0` continues the motions along x and y "
+    "through the frames that it has not seen (grey).",
+    "sprites-tvae-phase": "the same capsules, rolled by phase, with much the same pictures.",
+    "sprites-tvae-speeds": "capsules of both speeds agree on one roll.",
+    "sprites-tvae-learned": "`model.topographic.weights`, 1 at the start, has grown a peak at the frame itself.",
+    "sprites-tvae-padded": "what rolls out of a capsule is gone, so that traversals fade away, and a sprite that "
+    "leaves at an edge does not come in at the other.",
+    "sprites-tvae-causal": "the past alone says less of the motion, and likelihoods are lower; before the first frame "
+    "nothing has moved, and whatever comes, `t_0` rolls the same way.",
+}
 
 
 def runs_table() -> str:
