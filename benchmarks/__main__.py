@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import tyro
@@ -14,6 +16,7 @@ from rich.table import Table
 from . import environment, results
 
 console = Console()
+AnyCase = TypeVar("AnyCase")
 
 
 def run_operation(samples: int = 15, match: str = "", output: Path | None = None, resume: bool = False) -> None:
@@ -48,18 +51,10 @@ def run_operation(samples: int = 15, match: str = "", output: Path | None = None
     if resume and file.exists():
         content = _resumed(json.loads(file.read_text()), described)
     done = {_name(data) for data in content["cases"]}
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for case in chosen:
-            if case.name not in done:
-
-                def say(what: str, case=case) -> None:
-                    progress.update(task, description=f"{case.name}: {what}")
-
-                content["cases"].append(operation.measure(case, device, samples, say))
-                results.write(file, content)
-            progress.advance(task)
+    for case, say in _each({case.name: case for case in chosen}):
+        if case.name not in done:
+            content["cases"].append(operation.measure(case, device, samples, say))
+            results.write(file, content)
     if device.type == "cuda":
         content["latency"] = operation.measure_latency(device, samples)
         results.write(file, content)
@@ -85,17 +80,9 @@ def run_topographies(samples: int = 30, output: Path | None = None) -> None:
     described = environment.describe()
     file = output or results.path(described, device.type, "topographies")
     content = {"environment": described, "unit": "us", "ours": peers.OURS[device.type], "cases": []}
-    chosen = list(topographies.topographies(device.type))
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for topography in chosen:
-
-            def say(what: str, topography=topography) -> None:
-                progress.update(task, description=f"{topography.name}: {what}")
-
-            content["cases"].append(topographies.measure(topography, device, samples, say))
-            progress.advance(task)
+    chosen = {topography.name: topography for topography in topographies.topographies(device.type)}
+    for topography, say in _each(chosen):
+        content["cases"].append(topographies.measure(topography, device, samples, say))
     results.write(file, content)
     console.print(Markdown(report.topographies_table(file)))
     console.print(f"written to {file}")
@@ -128,18 +115,10 @@ def run_training(data_dir: Path | None = None, samples: int = 50, output: Path |
     described = environment.describe()
     file = output or results.path(described, device.type, "training")
     content = {"environment": described, "device": device.type, "unit": "us", "cases": []}
-    chosen = training.cases(data_dir)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for preset, config in chosen:
-
-            def say(what: str, text=f"{preset}, batch {config.batch_size}") -> None:
-                progress.update(task, description=f"{text}: {what}")
-
-            content["cases"].append(training.measure(preset, config, device, samples, say))
-            results.write(file, content)
-            progress.advance(task)
+    chosen = {f"{preset}, batch {config.batch_size}": (preset, config) for preset, config in training.cases(data_dir)}
+    for (preset, config), say in _each(chosen):
+        content["cases"].append(training.measure(preset, config, device, samples, say))
+        results.write(file, content)
     for table in (report.training_table, report.training_targets):
         console.print(Markdown(table(file)))
     console.print(f"written to {file}")
@@ -170,21 +149,13 @@ def run_agreement(
     file = output or results.path(described, device.type, "agreement")
     content = {"environment": described, "device": device.type, "steps": steps, "sequences": sequences}
     content |= {"cases": [], "left_out": {}}
-    chosen = agreement.configs(data_dir)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for preset, config in chosen.items():
-
-            def say(what: str, preset=preset) -> None:
-                progress.update(task, description=f"{preset}: {what}")
-
-            try:
-                content["cases"].append(agreement.measure(preset, config, device, steps, sequences, say))
-            except DataError as error:
-                content["left_out"][preset] = str(error)
-            results.write(file, content)
-            progress.advance(task)
+    chosen = {preset: (preset, config) for preset, config in agreement.configs(data_dir).items()}
+    for (preset, config), say in _each(chosen):
+        try:
+            content["cases"].append(agreement.measure(preset, config, device, steps, sequences, say))
+        except DataError as error:
+            content["left_out"][preset] = str(error)
+        results.write(file, content)
     for table in (report.agreement_table, report.precision_table):
         console.print(Markdown(table(file)))
     console.print(f"written to {file}")
@@ -228,6 +199,16 @@ def run_overhead(samples: int = 15, output: Path = results.FOLDER / "overhead.js
         table.add_row(name, f"{median:.1f}")
     console.print(table)
     console.print(f"written to {output}")
+
+
+def _each(cases: dict[str, AnyCase]) -> Iterator[tuple[AnyCase, Callable[[str], None]]]:
+    """Every case under a progress bar, and whom to tell what is being done about it."""
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(cases))
+        for name, case in cases.items():
+            yield case, lambda what, name=name: progress.update(task, description=f"{name}: {what}")
+            progress.advance(task)
 
 
 def _resumed(content: dict, described: dict) -> dict:
