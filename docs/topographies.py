@@ -114,8 +114,7 @@ PAGE = (
     Topography(
         "A torus",
         "The positions of one capsule lie on a torus, and the window covers both its axes: the 2-D "
-        "model of section 6.2, "
-        "without time.",
+        "model of section 6.2, without time. A torus may have three axes.",
         "Eq. 7 with 5 x 5 windows",
         "Neighborhood(capsule_window=(5, 5), axes=(9, 9))",
         1,
