@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -351,7 +352,7 @@ def _agreement(file: Path) -> tuple[str, list[dict], dict[str, str]]:
 
 def _metrics(values: dict[str, float]) -> list[str]:
     """ELBO in nats a frame, E_eq, and the mean of CapCorr over the factors; the latter two of sequences that move."""
-    correlations = [x for metric, x in values.items() if metric.startswith("CapCorr")]
+    correlations = [math.nan if x is None else x for metric, x in values.items() if metric.startswith("CapCorr")]
     error = f"{values['E_eq']:.4g}" if "E_eq" in values else ""
     return [f"{values['ELBO']:.1f}", error, f"{statistics.mean(correlations):.3f}" if correlations else ""]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ def path(environment: dict, device_type: str, what: str = "operation", folder: P
 
 
 def write(file: Path, content: dict) -> None:
-    """Write a result, one line for each peer of a case, times to four significant digits."""
+    """Write a result, one line for each peer of a case, numbers to four significant digits and NaN as null."""
     text = json.dumps(_rounded(content), indent=1)
     for innermost in (r"\[[^\[\]{}]*\]", r"\{[^{}]*\}"):  # on one line
         text = re.sub(
@@ -34,7 +35,7 @@ def write(file: Path, content: dict) -> None:
 
 def _rounded(x):
     if isinstance(x, float):
-        return float(f"{x:.4g}")
+        return None if math.isnan(x) else float(f"{x:.4g}")
     if isinstance(x, dict):
         return {key: _rounded(value) for key, value in x.items()}
     return [_rounded(value) for value in x] if isinstance(x, (list, tuple)) else x

@@ -641,7 +641,7 @@ def test_one_command_compares_metrics_and_its_tables_show_them(monkeypatch, tmp_
     assert content["left_out"].keys() == {"dsprites-vae"}
     assert "Left out, for their data was not there" in capsys.readouterr().out
     metrics = {"ELBO": -1234.56, "E_eq": 567.89, "CapCorr x": 0.5, "CapCorr y": 1.0}
-    other = {"ELBO": -1000.0}
+    other = {"ELBO": -1000.0, "CapCorr x": math.nan}
     cases = [
         {
             "preset": "a",
@@ -655,13 +655,14 @@ def test_one_command_compares_metrics_and_its_tables_show_them(monkeypatch, tmp_
         },
     ]
     results.write(file, content | {"cases": cases, "left_out": {}})
+    assert "NaN" not in file.read_text()
     table = report.agreement_table(file)
     assert "1 steps of each training, evaluated on 24 sequences." in table
     assert "| `a` | -1235.0 | -1235.0 | 567.9 | 567.9 | 0.750 | 0.750 | 1.2e-06 | 0.5 |" in table
     assert "Left out" not in table
     table = report.precision_table(file)
     assert "`a`" not in table
-    assert "| `b` | `32-true` | -1000.0 |  |  | 0 |\n| `b` | `tf32` | -1235.0 | 567.9 | 0.750 | 0.25 |" in table
+    assert "| `b` | `32-true` | -1000.0 |  | nan | 0 |\n| `b` | `tf32` | -1235.0 | 567.9 | 0.750 | 0.25 |" in table
 
 
 def test_training_cases_are_the_paper_s_sizes_and_sixteen_times_their_batch(tmp_path):

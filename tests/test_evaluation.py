@@ -47,4 +47,5 @@ def test_saved_rows_are_loaded(tmp_path):
     rows = [Row("E_eq", 0.1, float("nan"), "")]
     save(rows, 3, tmp_path / "evaluation.json")
     assert str(load(tmp_path / "evaluation.json")) == str(rows)
+    assert "NaN" not in (tmp_path / "evaluation.json").read_text()  # which is no JSON
     assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]

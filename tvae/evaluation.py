@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -115,12 +116,13 @@ def digits(metric: str) -> int:
 
 
 def save(rows: list[Row], sequences: int, path: Path) -> None:
-    """Write the rows as JSON, at once or not at all."""
+    """Write the rows as JSON, which has null for NaN; at once or not at all."""
+    metrics = [{key: None if x != x else x for key, x in asdict(row).items()} for row in rows]
     with replacing(path) as partial:
-        text = json.dumps({"sequences": sequences, "metrics": [asdict(row) for row in rows]}, indent=2)
-        partial.write_text(text + "\n")
+        partial.write_text(json.dumps({"sequences": sequences, "metrics": metrics}, indent=2) + "\n")
 
 
 def load(path: Path) -> list[Row]:
     """Read the rows that `save` wrote."""
-    return [Row(**row) for row in json.loads(path.read_text())["metrics"]]
+    rows = json.loads(path.read_text())["metrics"]
+    return [Row(**{key: math.nan if x is None else x for key, x in row.items()}) for row in rows]
