@@ -59,15 +59,14 @@ def run_operation(samples: int = 15, match: str = "", output: Path | None = None
         content["latency"] = operation.measure_latency(device, samples)
         results.write(file, content)
     result = results.Result.read(file)
-    for table in (report.summary_table, report.targets_table):
-        console.print(Markdown(f"{report.caption(result)}\n\n{table(result)}"))
-    console.print(f"written to {file}")
-    if output is None and not match:
-        run_report()
+    texts = [f"{report.caption(result)}\n\n{table(result)}" for table in (report.summary_table, report.targets_table)]
+    _finish(file, *texts, fill=output is None and not match)
 
 
 def run_topographies(samples: int = 30, output: Path | None = None) -> None:
     """Time the layer of every preset with a topography of its own beside the reference.
+
+    Without `--output` the table in docs/ is made from the result.
 
     Args:
         samples: of each peer in each direction; slow peers get fewer.
@@ -84,8 +83,7 @@ def run_topographies(samples: int = 30, output: Path | None = None) -> None:
     for topography, say in _each(chosen):
         content["cases"].append(topographies.measure(topography, device, samples, say))
     results.write(file, content)
-    console.print(Markdown(report.topographies_table(file)))
-    console.print(f"written to {file}")
+    _finish(file, report.topographies_table(file), fill=output is None)
 
 
 def run_report() -> None:
@@ -119,19 +117,16 @@ def run_training(data_dir: Path | None = None, samples: int = 50, output: Path |
     for (preset, config), say in _each(chosen):
         content["cases"].append(training.measure(preset, config, device, samples, say))
         results.write(file, content)
-    for table in (report.training_table, report.training_targets):
-        console.print(Markdown(table(file)))
-    console.print(f"written to {file}")
-    if output is None:
-        run_report()
+    _finish(file, report.training_table(file), report.training_targets(file), fill=output is None)
 
 
 def run_agreement(
-    data_dir: Path | None = None, steps: int = 100, sequences: int = 40, output: Path | None = None
+    data_dir: Path | None = None, steps: int = 50, sequences: int = 40, output: Path | None = None
 ) -> None:
     """Train every preset with a topography a little, fused and not, on the same noise, and compare their metrics.
 
-    The models of the paper's main experiments are trained in all precisions that the machine has, too.
+    The models of the paper's main experiments are trained in all precisions that the machine has, too. Without
+    `--output` the tables in docs/ are made from the result.
 
     Args:
         data_dir: folder with data files; presets whose data is not there are left out.
@@ -156,11 +151,7 @@ def run_agreement(
         except DataError as error:
             content["left_out"][preset] = str(error)
         results.write(file, content)
-    for table in (report.agreement_table, report.precision_table):
-        console.print(Markdown(table(file)))
-    console.print(f"written to {file}")
-    if output is None:
-        run_report()
+    _finish(file, report.agreement_table(file), report.precision_table(file), fill=output is None)
 
 
 def run_machine_code(output: Path = results.FOLDER / "machine-code.json") -> None:
@@ -209,6 +200,15 @@ def _each(cases: dict[str, AnyCase]) -> Iterator[tuple[AnyCase, Callable[[str], 
         for name, case in cases.items():
             yield case, lambda what, name=name: progress.update(task, description=f"{name}: {what}")
             progress.advance(task)
+
+
+def _finish(file: Path, *tables: str, fill: bool) -> None:
+    """Print the tables of a result that is written, and make the report anew, or not."""
+    for table in tables:
+        console.print(Markdown(table))
+    console.print(f"written to {file}")
+    if fill:
+        run_report()
 
 
 def _resumed(content: dict, described: dict) -> dict:

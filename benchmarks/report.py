@@ -178,8 +178,7 @@ def topographies_table(file: Path, _: Path | None = None) -> str:
     content = json.loads(file.read_text())
     e, ours = content["environment"], content["ours"]
     others = [peer for peer in content["cases"][0]["samples"] if peer != ours]
-    machine = f"{e['cpu']}, {e['threads']} threads" if file.stem == "topographies-cpu" else e["gpu"]
-    text = f"Measured on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
+    text = f"Measured {_where(e, on_gpu=file.stem != 'topographies-cpu')}"
     heads = ["layer of the preset", "shape (B, S, C, D)"]
     names = [peer if " " in peer else f"eager {peer}" for peer in others]
     for direction in ("forward", "forward + backward"):
@@ -209,9 +208,13 @@ def _training(file: Path) -> tuple[str, bool, list[Steps]]:
     """Caption, whether it was on a GPU, and the cases."""
     content = json.loads(file.read_text())
     e, on_gpu = content["environment"], content["device"] == "cuda"
-    machine = e["gpu"] if on_gpu else f"{e['cpu']}, {e['threads']} threads"
-    text = f"Measured on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
-    return text, on_gpu, [Steps(case) for case in content["cases"]]
+    return f"Measured {_where(e, on_gpu)}", on_gpu, [Steps(case) for case in content["cases"]]
+
+
+def _where(e: dict, on_gpu: bool) -> str:
+    """Hardware, versions, commit and date of an environment."""
+    machine = e["gpu"] if on_gpu else f"{e['cpu']}, {e['threads']} thread{'s' * (e['threads'] != 1)}"
+    return f"on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
 
 
 def training_table(file: Path, _: Path | None = None) -> str:
@@ -308,6 +311,9 @@ def training_figure(file: Path, picture: Path) -> Path:
     return picture
 
 
+METRICS = ("ELBO", "E_eq", "CapCorr")
+
+
 def agreement_table(file: Path, _: Path | None = None) -> str:
     """Metrics of every preset, trained unfused and fused on the same noise."""
     text, cases, left_out = _agreement(file)
@@ -318,9 +324,8 @@ def agreement_table(file: Path, _: Path | None = None) -> str:
         differences = [f"{case['difference'][way.name]:.2g}" for way in (FUSED, NUDGED)]
         rows.append([f"`{case['preset']}`", *pairs, *differences])
     heads = [f"{metric}, {way}" for metric in METRICS for way in (UNFUSED.name, FUSED.name)]
-    reasons = dict.fromkeys(left_out.values())
-    missing = [", ".join(f"`{name}`" for name in left_out if left_out[name] == reason) for reason in reasons]
-    missing = "".join(f"\n\nLeft out, for their data was not there: {names}." for names in missing)
+    names = ", ".join(f"`{name}`" for name in left_out)
+    missing = f"\n\nLeft out, for their data was not there: {names}." if names else ""
     return f"{text}\n\n{_markdown(['preset', *heads, 'largest difference', 'if nudged'], rows)}{missing}"
 
 
@@ -337,16 +342,11 @@ def precision_table(file: Path, _: Path | None = None) -> str:
     return f"{text}\n\n{_markdown(['preset', 'precision', *METRICS, 'largest difference'], rows)}"
 
 
-METRICS = ("ELBO", "E_eq", "CapCorr")
-
-
 def _agreement(file: Path) -> tuple[str, list[dict], dict[str, str]]:
     """Caption, cases, and by preset why it was left out."""
     content = json.loads(file.read_text())
-    e = content["environment"]
-    machine = e["gpu"] if content["device"] == "cuda" else f"{e['cpu']}, {e['threads']} threads"
     text = f"{content['steps']} steps of each training, evaluated on {content['sequences']} sequences. "
-    text += f"Computed on {machine}; torch {e['torch']}, triton {e['triton']}; commit {e['commit']}, {e['date'][:10]}."
+    text += f"Computed {_where(content['environment'], content['device'] == 'cuda')}"
     return text, content["cases"], content["left_out"]
 
 

@@ -179,8 +179,8 @@ RUNS = {
     "sprites-tvae-third": "5 positions for 15 frames: rolled by thirds, `t_0` continues the motions along x and y "
     "through the frames that it has not seen (grey).",
     "sprites-tvae-phase": "the same capsules, rolled by phase, with much the same pictures.",
-    "sprites-tvae-speeds": "capsules of both speeds agree on one roll.",
-    "sprites-tvae-learned": "`model.topographic.weights`, 1 at the start, has grown a peak at the frame itself.",
+    "sprites-tvae-speeds": "CapCorr is 1 for every factor, though the capsules have two speeds.",
+    "sprites-tvae-learned": "every capsule has learned a window of its own, `model.topographic.weights`.",
     "sprites-tvae-padded": "what rolls out of a capsule is gone, so that traversals fade away, and a sprite that "
     "leaves at an edge does not come in at the other.",
     "sprites-tvae-causal": "the past alone says less of the motion, and likelihoods are lower; before the first frame "

@@ -108,9 +108,8 @@ def _closeness(
     first: Tensor, t: Capsules, steps: int, rolls: Neighborhood, axis: int | None
 ) -> Float[Tensor, "batch time capsule"]:
     """Minus the mean squared difference of the rolled `first` and `t`, over positions that come from within."""
-    inside = (
-        roll_capsules(torch.ones_like(first[0]), steps, rolls, axis) > 1 - 1e-6
-    )  # not if mixed with a 0 from outside
+    # What is interpolated with a 0 from outside is not inside.
+    inside = roll_capsules(torch.ones_like(first[0]), steps, rolls, axis) > 1 - 1e-6
     difference = (roll_capsules(first, steps, rolls, axis).unsqueeze(1) - t) * inside
     count = inside.sum(-1)
     return (-difference.square().sum(-1) / count).masked_fill(count == 0, -torch.inf)
