@@ -38,9 +38,11 @@ PATIENCE = 60e6  # microseconds of samples after which a slow variant is not sam
 class GivenNoise(TopographicLayer):
     """Ours with noise drawn by PyTorch, as the other layers' is: kernels draw their own."""
 
-    def sample(self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None) -> Latents:
+    def sample(
+        self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None, axis=None
+    ) -> Latents:
         """See `TopographicLayer.sample`."""
-        return super().sample(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of))
+        return super().sample(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of), axis=axis)
 
 
 class Convolution(TopographicLayer):
@@ -50,8 +52,10 @@ class Convolution(TopographicLayer):
         """See `peers.convolution`."""
         return peers.convolution(z, u, self.mu, self.neighborhood)
 
-    def sample(self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None) -> Latents:
-        """See `TopographicLayer.sample`."""
+    def sample(
+        self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None, axis=None
+    ) -> Latents:
+        """See `TopographicLayer.sample`; for the plain windows that it has, which have no axes to be told."""
         return composed(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of), self)
 
 

@@ -74,7 +74,7 @@ def assert_same(a, b):
 def test_one_factor_advances_and_the_others_stand_still(source):
     stream = SequenceStream(source, batch_size=8, seed=1)
     for i in range(5):
-        images, factors, transformation = stream[i]
+        images, factors, transformation, _ = stream[i]
         assert images.shape == (8, source.sequence_length, *source.image_shape)
         assert images.dtype == torch.float32
         assert 0 <= images.min() < images.max() <= 1
@@ -237,7 +237,7 @@ def test_combined_transformations_advance_together_and_come_round(mnist_dir):
     for name in ("mnist-rotation-hue", "mnist-perspective-hue"):
         source = open_source(name, "train", mnist_dir)
         assert list(source.transformations.values()) == [" + ".join(name.split("-")[1:])]
-        _, factors, transformation = SequenceStream(source, batch_size=8, seed=1)[0]
+        _, factors, transformation, _ = SequenceStream(source, batch_size=8, seed=1)[0]
         assert torch.equal(transformation, torch.zeros(8, dtype=torch.int64))
         assert (factors[:, 0, 0] != factors[:, 0, 2]).any()  # they start independently
         advanced = (factors - factors[:, :1]) % 18
@@ -360,7 +360,7 @@ def test_sprite_examples_are_their_start_poses():
 
 def test_sprite_sequences_equal_frames_cut_one_by_one():
     source = SpriteSequences()
-    images, factors, _ = SequenceStream(source, batch_size=16, seed=5)[2]
+    images, factors, *_ = SequenceStream(source, batch_size=16, seed=5)[2]
     canvases = sprites.draw_canvases()
     for sequence, poses in zip(images, factors.tolist(), strict=True):
         for image, (shape, scale, orientation, x, y) in zip(sequence, poses, strict=True):
@@ -516,3 +516,5 @@ def test_sprites_that_shift_do_nothing_else():
     still = batch.factors[:, 1:] == batch.factors[:, :1]
     assert still[:, :, :3].all()  # shape, scale and orientation
     assert not still[:, :, 3:].all(2).any()
+    assert torch.equal(batch.axis == 1, batch.transformation == 4)  # of y; 0 is that of x
+    assert torch.equal(source.axis(torch.tensor([4, 3])), torch.tensor([1, 0]))

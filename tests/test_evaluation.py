@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tvae import VAE
+from tvae import TVAE, VAE
 from tvae.data import SequenceStream, SpriteSequences, open_source
 from tvae.evaluation import EVALUATION_SEED, FixedSequences, Row, evaluate, load, save
+from tvae.metrics import CapCorr, EquivarianceError
+from tvae_kernels import Neighborhood
 
 
 def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
@@ -34,6 +36,24 @@ def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
     torch.manual_seed(1)  # whatever the random state before
     again = evaluate(model, sequences, samples=2)
     assert str(again) == str(list(rows.values()))  # NaN, of a roll that never varied, equals itself as text
+
+
+def test_a_model_that_is_told_is_evaluated_along_the_axes_it_is_told():
+    source = open_source("sprites-shifts", "test")
+    rolls = Neighborhood(3, 1, axes=(15, 15), roots="each axis")
+    model = TVAE(source.image_shape, 1, 225, rolls, told_axis=True)
+    rows = {row.metric: row.value for row in evaluate(model, FixedSequences.of(source, 16, batch_size=8), samples=1)}
+    error, correlation = EquivarianceError(rolls), CapCorr(["", "", "", "x", "y"], rolls)
+    stream = SequenceStream(source, 8, EVALUATION_SEED)
+    torch.manual_seed(EVALUATION_SEED)
+    for i in range(2):
+        axis = stream[i].transformation - 3  # factor 3 is x, 4 is y
+        t = model(stream[i].images, axis=axis).t
+        list(model.log_weights(stream[i].images, 1, axis))  # draws the same noise
+        error.update(t, axis)
+        correlation.update(t, stream[i].factors, stream[i].transformation, axis)
+    assert rows["E_eq"] == pytest.approx(error.compute().item())
+    assert [rows["CapCorr x"], rows["CapCorr y"]] == pytest.approx([*correlation.compute().values()])
 
 
 def test_a_combined_transformation_is_named_by_its_factors(mnist_dir):

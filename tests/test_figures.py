@@ -140,8 +140,12 @@ def test_the_torus_shows_the_image_that_activates_each_variable_most():
     images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 2, 2)
     activations = {0.25: [1.0, 1, 1, 0, 0, 0], 0.75: [0.0, 0, 0, 1, 1, 1]}
     model.encode = lambda x, sample: torch.tensor([[[activations[float(i[0, 0, 0, 0])]]] for i in x])
-    batches = [SequenceBatch(image[None], torch.zeros(1, 1, 1), torch.zeros(1)) for image in images]
-    for order in (batches, batches[::-1], [SequenceBatch(images, torch.zeros(2, 1, 1), torch.zeros(2))]):
+    batches = [SequenceBatch(image[None], torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(1)) for image in images]
+    for order in (
+        batches,
+        batches[::-1],
+        [SequenceBatch(images, torch.zeros(2, 1, 1), torch.zeros(2), torch.zeros(2))],
+    ):
         (shown,) = torus_map(model, order).axes[0].get_images()
         tiles = shown.get_array()
         assert tiles.shape == (6, 9)  # 2 x 3 images of 2 x 2 pixels with rims
@@ -150,16 +154,17 @@ def test_the_torus_shows_the_image_that_activates_each_variable_most():
 
 
 def test_a_torus_needs_still_images_and_two_axes():
-    still = SequenceBatch(torch.rand(1, 1, 1, 2, 2), torch.zeros(1, 1, 1), torch.zeros(1))
-    moving = SequenceBatch(torch.rand(1, 3, 1, 2, 2), torch.zeros(1, 3, 1), torch.zeros(1))
+    still = SequenceBatch(torch.rand(1, 1, 1, 2, 2), torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(1))
+    moving = SequenceBatch(torch.rand(1, 3, 1, 2, 2), torch.zeros(1, 3, 1), torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="of a single capsule of two axes, got 2 of Neighborhood"):
         torus_map(TVAE((1, 2, 2), 2, 6, Neighborhood(axes=(2, 3))), [still])
     with pytest.raises(ValueError, match="of still images, got sequences of 3 frames"):
         torus_map(TVAE((1, 2, 2), 1, 6, Neighborhood(axes=(2, 3))), [moving])
 
 
-def test_capsules_with_a_root_for_each_axis_are_rolled_along_each():
-    model = TVAE((1, 64, 64), 1, 6, Neighborhood(2, 1, axes=(2, 3), roots="each axis"))
+@pytest.mark.parametrize("told", [False, True])
+def test_capsules_with_a_root_for_each_axis_are_rolled_along_each(told):
+    model = TVAE((1, 64, 64), 1, 6, Neighborhood(2, 1, axes=(2, 3), roots="each axis"), told_axis=told)
     panels = traversal_panels(model, open_source("sprites-shifts", "test"))
     assert [panel.title for panel in panels] == ["x", "y"]
     for panel in panels:

@@ -107,6 +107,18 @@ def test_gradients_of_strided_tensors_and_expanded_gradients(backend, device):
     assert_close(found, expected, torch.float64, 300)
 
 
+@pytest.mark.parametrize("axis", [1, torch.tensor([1, 0])], ids=["all", "each its own"])
+def test_a_known_axis_is_the_denominator_alone(backend, device, axis):
+    neighborhood = Neighborhood(2, 2, axes=(3, 3), roots="each axis")
+    z, u, mu, noise = tensors((2, 3, 2, 9), neighborhood, torch.float64, device)
+    axis = axis.to(device) if isinstance(axis, torch.Tensor) else axis
+    found = topographic_latents(z, u, mu, neighborhood, backend=backend, noise=noise, axis=axis)
+    samples = (x[:, :, 0] + (x[:, :, 1] / 2).exp() * y for x, y in zip((z, u), noise, strict=True))
+    torch.testing.assert_close(found.t, topographic(*samples, mu, neighborhood, backend="reference", axis=axis))
+    with pytest.raises(ValueError, match="axis must be one of those that have a root each, got 1"):
+        topographic_latents(*(x.detach()[:1] for x in (z, u)), mu, backend=backend, axis=1)
+
+
 def test_one_output_alone_has_gradients(backend, device):
     shape, neighborhood = FUSED["stationary"]
     z, u, mu, noise = tensors(shape, neighborhood, torch.float64, device)

@@ -199,6 +199,38 @@ def test_capsules_that_roll_by_their_topography_are_equivariant(rolls, dim, step
         assert torch.equal((-back) % round_trip, torch.arange(steps).expand(4, -1) % round_trip)
 
 
+def test_where_the_axis_is_known_no_other_counts():
+    rolls = Neighborhood(axes=(3, 5), roots="each axis")
+    first, axis = torch.randn(4, 3, 15, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    rolled = torch.stack([torch.stack([roll_capsules(first, l, rolls, a) for l in range(15)], 1) for a in (0, 1)])
+    t = rolled[axis, torch.arange(4)]
+    assert equivariance_error(t, rolls, axis).max() < 1e-10
+    assert equivariance_error(t, rolls, 1 - axis).min() > 1
+    rounds = torch.tensor([3, 5])[axis][:, None]
+    assert torch.equal(-observed_roll(t[:, 0], t, rolls, axis) % rounds, torch.arange(15) % rounds)
+    assert not torch.equal(-observed_roll(t[:, 0], t, rolls, 1 - axis) % rounds, torch.arange(15) % rounds)
+
+    metric, either = EquivarianceError(rolls), EquivarianceError(rolls)
+    metric.update(t, 1 - axis)
+    either.update(t)
+    assert metric.compute() == pytest.approx(equivariance_error(t, rolls, 1 - axis).mean().item())
+    assert metric.chance() > either.chance()  # which is of the better axis
+
+
+def test_capcorr_along_known_axes():
+    rolls = Neighborhood(axes=(5, 5), roots="each axis")
+    factors, kind = sequences_of(torch.arange(5), 5, 5)
+    first = torch.randn(5, 3, 25, generator=torch.Generator().manual_seed(0))
+    t = torch.stack([roll_capsules(first, l, rolls, 0) for l in range(5)], 1)
+    found = {}
+    for axis in (0, 1):
+        metric = CapCorr(["x"], rolls)
+        metric.update(t, factors, kind, torch.full((5,), axis))
+        found[axis] = metric.compute()["x"]
+    assert found[0] == pytest.approx(1)
+    assert not found[1] > 0.9  # of iid activations, along the axis that does not roll
+
+
 # frames, and after how many a circle along each axis would close
 NOT_CIRCULAR = {
     "cut": (Neighborhood(capsule_boundary="zero"), 7, (7,)),

@@ -278,10 +278,11 @@ def test_compiled_in_one_graph(kernel_backend, device, name):
     z, u, _, _, dt = arguments(neighborhood, dim, device=device)
     layer = TopographicLayer(neighborhood, 0.3, backend=kernel_backend, learn_weights=True).to(device, f64)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    axis = torch.tensor([1, 0], device=device) if neighborhood.root_count > 1 else None
     results = []
     for module in (layer, compiled):
         leaves = [z.clone().requires_grad_(), u.clone().requires_grad_(), *layer.parameters()]
-        t = module(*leaves[:2])
+        t = module(*leaves[:2], axis)
         results.append((t, *torch.autograd.grad(t, leaves, dt)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
@@ -381,6 +382,16 @@ def test_a_stream_gives_the_same_as_the_whole_sequence(backend, device, neighbor
     torch.testing.assert_close(torch.cat(parts, 1), layer(z, u), rtol=1e-14, atol=1e-14)
 
 
+def test_a_stream_may_roll_along_a_known_axis(backend, device):
+    neighborhood, dim = CAUSAL["roots"]
+    z, u, _, _, _ = arguments(neighborhood, dim, device=device, time=7)
+    layer = TopographicLayer(neighborhood, 0.3, backend=backend).to(device, f64)
+    for axis in (1, torch.tensor([1, 0], device=device)):
+        first, state = layer.step(z[:, :4], u[:, :4], axis=axis)
+        last, _ = layer.step(z[:, 4:], u[:, 4:], state, axis)
+        torch.testing.assert_close(torch.cat((first, last), 1), layer(z, u, axis), rtol=1e-14, atol=1e-14)
+
+
 def test_a_padded_stream_begins_with_its_padding(device):
     neighborhood = Neighborhood(3, 2, causal=True, time_boundary="padded")
     z, u, _, _, _ = arguments(neighborhood, 5, device=device)
@@ -443,6 +454,39 @@ def test_a_known_axis_is_the_denominator_alone(backend, device):
         torch.testing.assert_close(layer(z, u, axis).cpu(), expected, rtol=1e-6, atol=1e-6)  # 0.3 is a float32
     with pytest.raises(ValueError, match="axis must be one of those that have a root each, got 2"):
         layer(z, u, 2)
+
+
+@pytest.mark.parametrize("weighted", ["", "shared", "capsule"])
+def test_each_sequence_may_roll_along_an_axis_of_its_own(backend, device, weighted):
+    """A batch is what its sequences are one by one, in values and gradients."""
+    neighborhood, dim = TOPOGRAPHIES["a root for each axis"]
+    z, u, mu, weights, dt = arguments(neighborhood, dim, weighted, device=device)
+    leaves = [x.requires_grad_() for x in (z, u, mu, weights) if x is not None]
+    axes = (1, 0)
+    together = topographic(z, u, mu, neighborhood, weights, 1e-6, backend, axis=torch.tensor(axes, device=device))
+    alone = [
+        topographic(z[b : b + 1], u[b : b + 1], mu, neighborhood, weights, 1e-6, backend, axis=axis)
+        for b, axis in enumerate(axes)
+    ]
+    results = ([t, *torch.autograd.grad(t, leaves, dt)] for t in (together, torch.cat(alone)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)  # the same terms, at most in another order
+
+
+def test_axes_that_do_not_fit_are_refused(device):
+    neighborhood, dim = TOPOGRAPHIES["a root for each axis"]
+    z, u, mu, _, _ = arguments(neighborhood, dim, device=device)
+    for axis in (torch.zeros(2), torch.tensor([True, False]), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"axis must be 2 integers on .*, one for each sequence; got torch"):
+            topographic(z, u, mu, neighborhood, axis=axis.to(device))
+    for axis in (2, -1, "x"):
+        with pytest.raises(ValueError, match=f"axis must be one of those that have a root each, got {axis!r}"):
+            topographic(z, u, mu, neighborhood, axis=axis)
+    for axis in (0, torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="axis must be one of those that have a root each, got 0"):
+            topographic(*normal(2, 2, S, C, 5), axis=axis)
+    with pytest.raises(ValueError, match="axis must be one of those that have a root each, got 7"):
+        topographic(z.cpu(), u.cpu(), 0.0, neighborhood, axis=torch.tensor([0, 7]))  # a GPU would have to be waited for
 
 
 # --- rolls ------------------------------------------------------------------------------------------------------------

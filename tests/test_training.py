@@ -26,6 +26,13 @@ from tvae.training import train
 from tvae_kernels import Neighborhood
 
 SMALL = Config(capsules=2, neighborhood=Neighborhood(4, 3), batch_size=2, steps=12, learning_rate=1e-3, seed=3)
+TOLD = replace(
+    SMALL,
+    data="sprites-shifts",
+    neighborhood=Neighborhood(4, 2, axes=(3, 5), roots="each axis"),
+    told_axis=True,
+    learning_rate=1e-4,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,22 +53,25 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(training, "seed_noise", pressed)
 
 
-def test_training_is_stochastic_gradient_descent_on_the_negative_elbo(tmp_path):
-    run = Run.create(tmp_path / "run", SMALL)
+@pytest.mark.parametrize("config", [SMALL, TOLD], ids=["one axis", "told which of two"])
+def test_training_is_stochastic_gradient_descent_on_the_negative_elbo(config, tmp_path):
+    run = Run.create(tmp_path / "run", config)
     assert train(run, "cpu")
-    source = SMALL.open_source("train")
+    source = config.open_source("train")
     torch.manual_seed(SMALL.seed)
-    model = SMALL.build_model(source.image_shape)
+    model = config.build_model(source.image_shape)
     velocity = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     stream = SequenceStream(source, 2, SMALL.seed)
     for step in range(SMALL.steps):
         training.seed_noise(SMALL.seed, step)
-        loss = -model(stream[step].images).total.mean()
+        batch = stream[step]
+        axis = batch.transformation - 3 if config.told_axis else None  # factor 3 is x, 4 is y
+        loss = -model(batch.images, axis=axis).total.mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
-                velocity[name] = SMALL.momentum * velocity[name] + gradient
-                p -= SMALL.learning_rate * velocity[name]
+                velocity[name] = config.momentum * velocity[name] + gradient
+                p -= config.learning_rate * velocity[name]
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(run.load_model().state_dict()[name], expected)
 
@@ -123,7 +133,11 @@ def test_projected_weights_have_norm_one_after_training_and_normalised_ones_resu
 
 
 def test_configurations_of_older_runs_are_read():
-    added = {"weights": "free", "precision": "32-true"}  # what runs did before these could be chosen
+    added = {
+        "weights": "free",
+        "precision": "32-true",
+        "told_axis": False,
+    }  # what runs did before these could be chosen
     older = 0
     for file in (Path(__file__).parent.parent / "results").glob("*/config.json"):
         written, config = json.loads(file.read_text()), Config.from_json(file.read_text())
@@ -220,9 +234,8 @@ class Played:
         self.replay = function
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_what_is_captured_and_replayed_is_the_eager_step_interruptions_included(optimizer, tmp_path, monkeypatch):
-    config = replace(SMALL, optimizer=optimizer)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, optimizer="adam"), TOLD], ids=["sgd", "adam", "told"])
+def test_what_is_captured_and_replayed_is_the_eager_step_interruptions_included(config, tmp_path, monkeypatch):
     eager, played = Run.create(tmp_path / "eager", config), Run.create(tmp_path / "played", config)
     assert train(eager, "cpu")
     monkeypatch.setattr(steps, "Graph", Played)
@@ -402,6 +415,10 @@ def test_configurations_that_do_not_fit_are_refused():
         Config(learning_rate=-1)
     with pytest.raises(ValueError, match="momentum must be in"):
         Config(momentum=1.0)
+    with pytest.raises(ValueError, match="told_axis needs a root for each axis, got Neighborhood"):
+        replace(SMALL, told_axis=True)
+    with pytest.raises(ValueError, match=r"needs an axis for each of scale, orientation, x, y, got \(3, 5\)"):
+        replace(TOLD, data="sprites").open_source("train")
     with pytest.raises(ValueError, match="time_window of 16 does not fit 15"):
         replace(SMALL, neighborhood=Neighborhood(16)).open_source("train")
 

@@ -49,6 +49,7 @@ class SequenceBatch(NamedTuple):
     images: Tensor  # (B, S, channel, height, width) float32 in [0, 1]
     factors: Tensor  # (B, S, F) int64: index of each factor of variation in each frame
     transformation: Tensor  # (B,) int64: which factor advances in the sequence (the first, where several do)
+    axis: Tensor  # (B,) int64: its number among the source's transformations, for capsules with an axis for each
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,12 @@ class SequenceSource(ABC):
         """
         factors = self.advance(starts, transformation).to(self.device)
         images = self.render(examples.to(self.device), factors)
-        return SequenceBatch(images, factors, transformation.to(self.device))
+        axis = self.axis(transformation).to(self.device)
+        return SequenceBatch(images, factors, transformation.to(self.device), axis)
+
+    def axis(self, transformation: Tensor) -> Tensor:
+        """The numbers (B,) of transformations (B,) among those of the source, from 0; on the CPU."""
+        return torch.searchsorted(torch.tensor(sorted(self.transformations)), transformation)
 
     def advance(self, starts: Tensor, transformation: Tensor) -> Tensor:
         """Factors (B, S, F) of every frame of the sequences that `sequences` makes, all on the CPU."""

@@ -74,12 +74,12 @@ def evaluate(model: VAE, sequences: FixedSequences, samples: int) -> list[Row]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(EVALUATION_SEED)
         for batch in sequences.batches:
-            elbo = model(batch.images)
+            elbo = model(batch.images, axis=model.told(batch.axis))
             terms.update(elbo)
             if moving:
-                error.update(elbo.t)
-                correlation.update(elbo.t, batch.factors, batch.transformation)
-            likelihood.update(torch.stack(list(model.log_weights(batch.images, samples))))
+                error.update(elbo.t, elbo.axis)
+                correlation.update(elbo.t, batch.factors, batch.transformation, elbo.axis)
+            likelihood.update(torch.stack(list(model.log_weights(batch.images, samples, elbo.axis))))
             constant.update(batch.images)
     best_image = constant.compute()
     mean, log_p = terms.compute(), likelihood.compute()

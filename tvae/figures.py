@@ -52,14 +52,15 @@ def traversal_panels(model: VAE, source: SequenceSource, each: int = 1, title: s
     """
     batch = _some_of_each(source, each)
     model.eval()
+    axis = model.told(batch.axis)
     axes = range(model.rolls.root_count) if model.rolls.root_count > 1 else (None,)
-    rolled = [model.traverse(batch.images, axis=axis) for axis in axes]
-    rows = (batch.images, model.reconstruct(batch.images), *rolled)
+    rolled = [model.traverse(batch.images, along=along, axis=axis) for along in axes]
+    rows = (batch.images, model.reconstruct(batch.images, axis), *rolled)
     images = torch.stack(rows, dim=1).clamp(0, 1).movedim(3, -1).cpu()  # sequence, row, frame, height, width, channel
     unseen = ~frames_seen(model, source.sequence_length)
     images[:, 0, unseen] = 1 - _GREYED * (1 - images[:, 0, unseen])
     labels = ("input", "reconstruction")
-    labels += tuple("Roll$_l(t_0)$" if axis is None else f"Roll$_l(t_0)$, axis {axis}" for axis in axes)
+    labels += tuple("Roll$_l(t_0)$" if along is None else f"Roll$_l(t_0)$, axis {along}" for along in axes)
     names = [title + source.transformations[kind] for kind in batch.transformation.tolist()]
     return [Panel(name, labels, x) for name, x in zip(names, images, strict=True)]
 
@@ -131,7 +132,8 @@ def squared_activation_correlation(model: VAE, batches: Iterable[SequenceBatch])
     Activations are drawn from the posterior; seed the noise before. NaN for an activation that never changes.
     """
     model.eval()
-    squares = torch.cat([model.encode(batch.images).square().flatten(0, 1).flatten(1).cpu() for batch in batches])
+    t = torch.cat([model.encode(batch.images, axis=model.told(batch.axis)).cpu() for batch in batches])
+    squares = t.square().flatten(0, 1).flatten(1)
     return torch.corrcoef(squares.double().T).view(*model.capsule_shape, *model.capsule_shape)
 
 

@@ -19,28 +19,36 @@ from torchmetrics.utilities import dim_zero_cat
 
 from tvae_kernels import Neighborhood, roll_capsules
 
-from .models import ELBO, Bernoulli, Capsules, Gaussian, Images
+from .models import ELBO, Axis, Bernoulli, Capsules, Gaussian, Images
 
 PLAIN = Neighborhood()  # rolls by one position a frame
 
 
-def equivariance_error(t: Capsules, rolls: Neighborhood = PLAIN) -> Float[Tensor, " batch"]:
+def equivariance_error(t: Capsules, rolls: Neighborhood = PLAIN, axis: Axis | None = None) -> Float[Tensor, " batch"]:
     """`E_eq = Σ_{l < m} || Roll_{m-l}(t̂_l) - t̂_m ||₁` of every sequence (Eq. 13), summed over capsules.
 
     `t̂` is each capsule divided by its Euclidean norm, as in the published code. Zero for capsules that roll as their
-    topography says. Where they may roll along one of several axes, the axis counts that gives a sequence less error.
+    topography says. Where they may roll along one of several axes, the axis counts that is known of the sequence, or
+    else the one that gives less error.
 
     Args:
         t: `(batch, time, capsule, dim)`.
         rolls: the topography, whose rolls `roll_capsules` makes; by default one position a frame.
+        axis: along which axis each sequence rolls, where that is known.
 
     """
     t = F.normalize(t, dim=-1)
     errors = []
-    for axis in _axes(rolls):
-        pairs = (roll_capsules(t[:, :-m], m, rolls, axis) - t[:, m:] for m in range(1, t.shape[1]))
+    for a in _axes(rolls):
+        pairs = (roll_capsules(t[:, :-m], m, rolls, a) - t[:, m:] for m in range(1, t.shape[1]))
         errors.append(sum((difference.abs().sum((1, 2, 3)) for difference in pairs), start=t.new_zeros(len(t))))
-    return torch.stack(errors).amin(0)
+    errors = torch.stack(errors)
+    return _of_axis(errors, errors.argmin(0) if axis is None else axis)
+
+
+def _of_axis(values: Tensor, axis: Axis) -> Tensor:
+    """From values by axis, `(axes, batch, ...)`, those of one axis for each sequence."""
+    return values[axis, torch.arange(len(axis), device=axis.device)]
 
 
 def _axes(rolls: Neighborhood) -> Sequence[int | None]:
@@ -60,11 +68,12 @@ class EquivarianceError(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sequences", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.shape = None
+        self.axes_known = False
 
-    def update(self, t: Capsules) -> None:
-        """Add the sequences of a batch of capsules."""
-        self.shape = tuple(t.shape[1:])
-        self.total += equivariance_error(t, self.rolls).double().sum()
+    def update(self, t: Capsules, axis: Axis | None = None) -> None:
+        """Add the sequences of a batch of capsules, and along which axis they roll."""
+        self.shape, self.axes_known = tuple(t.shape[1:]), axis is not None
+        self.total += equivariance_error(t, self.rolls, axis).double().sum()
         self.sequences += len(t)
 
     def compute(self) -> Tensor:
@@ -72,35 +81,40 @@ class EquivarianceError(Metric):
         return self.total / self.sequences
 
     def chance(self) -> float:
-        """E_eq of iid Gaussian activations, measured on 64 seeded sequences."""
-        return equivariance_error(torch.randn(64, *self.shape, generator=_generator(0)), self.rolls).mean().item()
+        """E_eq of iid Gaussian activations, measured on 64 seeded sequences; along their axes in turn if known."""
+        t = torch.randn(64, *self.shape, generator=_generator(0))
+        axis = torch.arange(len(t)) % self.rolls.root_count if self.axes_known else None
+        return equivariance_error(t, self.rolls, axis).mean().item()
 
 
 def observed_roll(
-    first: Float[Tensor, "batch capsule dim"], t: Capsules, rolls: Neighborhood = PLAIN
+    first: Float[Tensor, "batch capsule dim"], t: Capsules, rolls: Neighborhood = PLAIN, axis: Axis | None = None
 ) -> Int[Tensor, "batch time"]:
     """By how many time steps `first` has to roll back to match each frame of `t` best (Eq. 14, 16 and 20).
 
     The one with the largest product `Σ_d Roll_{-k}(first)[d] · t[d]`, the most frequent one (on a tie the smallest)
     over the capsules. Candidates are the steps of one round: D of them for one position a step, D / α for α of one.
-    Where capsules may roll along one of several axes, the axis counts whose winner has the larger product.
+    Where capsules may roll along one of several axes, the axis counts that is known of the sequence, or else the one
+    whose winner has the larger product.
 
     Capsules that are not circular cannot roll back: a roll forward by m steps of a round of R counts as R - m. Theirs
     is the one with the least mean squared difference over the positions that come from within the capsule. (That of the
     largest product where nothing comes from outside; elsewhere the product of more positions would win.)
     """
     best = []
-    for axis in _axes(rolls):
-        steps = _steps_of_a_round(rolls, axis, t)
+    for a in _axes(rolls):
+        steps = _steps_of_a_round(rolls, a, t)
         if rolls.capsule_boundary == "circular":
-            rolled_back = [roll_capsules(first, -k, rolls, axis) for k in range(steps)]
+            rolled_back = [roll_capsules(first, -k, rolls, a) for k in range(steps)]
             match = torch.einsum("bckd,bscd->bsck", torch.stack(rolled_back, dim=-2), t)
         else:
-            forward = [_closeness(first, t, m, rolls, axis) for m in (0, *range(steps - 1, 0, -1))]
+            forward = [_closeness(first, t, m, rolls, a) for m in (0, *range(steps - 1, 0, -1))]
             match = torch.stack(forward, dim=-1)
         votes = F.one_hot(match.argmax(-1), steps).sum(-2).argmax(-1)
         best.append((match.sum(2).gather(-1, votes[..., None]).squeeze(-1), votes))
     scores, votes = (torch.stack(x) for x in zip(*best, strict=True))
+    if axis is not None:
+        return _of_axis(votes, axis)
     return votes.gather(0, scores.argmax(0, keepdim=True)).squeeze(0)
 
 
@@ -128,6 +142,7 @@ def roll_since_canonical(
     factors: Int[Tensor, "batch time factor"],
     transformation: Int[Tensor, " batch"],
     rolls: Neighborhood = PLAIN,
+    axis: Axis | None = None,
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Observed and true roll between frame 0 and the frame where the transforming factor is at index 0.
 
@@ -143,7 +158,7 @@ def roll_since_canonical(
     if not canonical.any(1).all():
         raise ValueError("CapCorr needs sequences in which the transforming factor passes index 0")
     true = moving[:, 0]
-    observed = observed_roll(t[:, 0], t, rolls)
+    observed = observed_roll(t[:, 0], t, rolls, axis)
     distance = (
         (observed - true[:, None]).abs().masked_fill(~canonical, observed.amax().item() + moving.amax().item() + 1)
     )
@@ -171,11 +186,11 @@ class CapCorr(Metric):
         for state in ("observed", "random", "true", "transformation"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
-    def update(self, t: Capsules, factors: Tensor, transformation: Tensor) -> None:
-        """Add the sequences of a batch: capsules and the truth about their factors."""
-        observed, true = roll_since_canonical(t, factors, transformation, self.rolls)
+    def update(self, t: Capsules, factors: Tensor, transformation: Tensor, axis: Axis | None = None) -> None:
+        """Add the sequences of a batch: capsules, the truth about their factors, and along which axis they roll."""
+        observed, true = roll_since_canonical(t, factors, transformation, self.rolls, axis)
         noise = torch.randn(t.shape, generator=_generator(len(self.true))).to(t.device)
-        random, _ = roll_since_canonical(noise, factors, transformation, self.rolls)
+        random, _ = roll_since_canonical(noise, factors, transformation, self.rolls, axis)
         for state, values in zip(
             (self.observed, self.random, self.true, self.transformation),
             (observed, random, true, transformation),

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -35,15 +35,20 @@ Images = Float[Tensor, "batch time channel height width"]
 Capsules = Float[Tensor, "batch time capsule dim"]
 Parameters = Float[Tensor, "batch time 2 capsule dim"]  # means and log-variances
 Frames = Float[Tensor, "batch time"]
+Axis = Int[Tensor, " batch"]  # along which axis of the capsules each sequence rolls, for models that are told
 
 
 class ELBO(NamedTuple):
-    """The evidence lower bound of Eq. 12, frame by frame, in nats, by its terms; `t` is the sample it was taken at."""
+    """The evidence lower bound of Eq. 12, frame by frame, in nats, by its terms.
+
+    `t` is the sample that it was taken at, `axis` what the model was told of it.
+    """
 
     log_likelihood: Frames
     kl_z: Frames
     kl_u: Frames
     t: Capsules
+    axis: Axis | None = None
 
     @property
     def total(self) -> Frames:
@@ -145,13 +150,18 @@ class VAE(nn.Module):
         self.likelihood = LIKELIHOODS[likelihood]()
         pixels, n = math.prod(image_shape), capsules * capsule_dim
         self.rolls = Neighborhood()  # how capsules move: one position a frame, whatever a model without topography does
+        self.told_axis = False  # whether the model is told along which axis each sequence rolls
         self.frames_before = 0  # frames of `u` before the first of `z`
         self.z_encoder = mlp(pixels, 3 * n, 2 * n, 2 * n, weights=weights)
         self.decoder = mlp(n, 2 * n, 3 * n, pixels, weights=weights)
 
-    def topography(self, z: Capsules, u: Capsules | None) -> Capsules:
+    def topography(self, z: Capsules, u: Capsules | None, axis: Axis | None = None) -> Capsules:
         """The capsules `t` from their Gaussian variables; without topography `t = z`."""
         return z
+
+    def told(self, axis: Axis) -> Axis | None:
+        """What the methods of this model take as `axis`: nothing, unless it is to be told."""
+        return axis if self.told_axis else None
 
     def posterior(self, x: Images) -> tuple[Normal, Normal | None]:
         """`q(z|x)` and `q(u|x)`, each of shape `(B, S, C, D)`; None for a model without `u`."""
@@ -163,28 +173,28 @@ class VAE(nn.Module):
         # Under autocast the encoder gives bfloat16, in which noise would be other noise and the divergence cancel.
         return encoder(x.flatten(2)).to(x.dtype).unflatten(-1, (2, *shape))
 
-    def latents(self, x: Images, first: int = 0, of: int | None = None) -> Latents:
-        """`t` at a sample of the posterior, and the KL terms; `first` and `of` as in `forward`."""
+    def latents(self, x: Images, first: int = 0, of: int | None = None, axis: Axis | None = None) -> Latents:
+        """`t` at a sample of the posterior, and the KL terms; the other arguments as in `forward`."""
         q, _ = self.posterior(x)
         noise = torch.randn(len(x) if of is None else of, *q.mean.shape[1:], dtype=q.mean.dtype, device=x.device)
         kl = kl_from_prior(q)
         return Latents(q.mean + noise[first : first + len(x)] * q.stddev, kl, torch.zeros_like(kl))
 
-    def encode(self, x: Images, sample: bool = True) -> Capsules:
+    def encode(self, x: Images, sample: bool = True, axis: Axis | None = None) -> Capsules:
         """The capsules of a sequence: `t` at a sample of the posterior, or where `z` and `u²` have their means.
 
         (Not where `u` has its mean: a `u` as broad as its prior would then count as 0, and divide by next to nothing.)
         """
         qz, qu = self.posterior(x)
         if sample:
-            return self.topography(qz.rsample(), None if qu is None else qu.rsample())
-        return self.topography(qz.mean, None if qu is None else (qu.mean.square() + qu.variance).sqrt())
+            return self.topography(qz.rsample(), None if qu is None else qu.rsample(), axis)
+        return self.topography(qz.mean, None if qu is None else (qu.mean.square() + qu.variance).sqrt(), axis)
 
     def decode(self, t: Capsules) -> Images:
         """The decoder's output for every frame: logits (Bernoulli) or means (Gaussian)."""
         return self.decoder(t.flatten(2)).unflatten(-1, self.image_shape)
 
-    def forward(self, x: Images, first: int = 0, of: int | None = None) -> ELBO:
+    def forward(self, x: Images, first: int = 0, of: int | None = None, axis: Axis | None = None) -> ELBO:
         """One sample of the evidence lower bound of every frame (Eq. 12), by its terms.
 
         Args:
@@ -192,13 +202,14 @@ class VAE(nn.Module):
             first: number of the first of them in a batch that several processes share,
             of: and how many sequences that batch has. Processes whose generators are in one state then draw for all of
                 it the noise that a single process would.
+            axis: along which axis of the capsules each sequence rolls, for a model that is told, and for no other.
 
         """
-        t, kl_z, kl_u = self.latents(x, first, of)
+        t, kl_z, kl_u = self.latents(x, first, of, axis)
         log_likelihood = self.likelihood.log_prob(self.decode(t), x)
-        return ELBO(log_likelihood, kl_z, folded(kl_u, x.shape[1], self.frames_before), t)
+        return ELBO(log_likelihood, kl_z, folded(kl_u, x.shape[1], self.frames_before), t, axis)
 
-    def log_weights(self, x: Images, samples: int) -> Iterator[Frames]:
+    def log_weights(self, x: Images, samples: int, axis: Axis | None = None) -> Iterator[Frames]:
         """`samples` draws of `log p(x|t) + log p(z) + log p(u) - log q(z|x) - log q(u|x)` of every frame, in nats.
 
         What is before the first frame and after the last, where `u` is padded, counts with them.
@@ -210,27 +221,28 @@ class VAE(nn.Module):
                 folded((STANDARD_NORMAL.log_prob(s) - q.log_prob(s)).sum((-2, -1)), x.shape[1], self.frames_before)
                 for s, q in zip(latents, posteriors, strict=True)
             )
-            t = self.topography(*latents, *[None] * (2 - len(latents)))
+            t = self.topography(*latents, *[None] * (2 - len(latents)), axis)
             yield self.likelihood.log_prob(self.decode(t), x) + ratio
 
-    def reconstruct(self, x: Images) -> Images:
+    def reconstruct(self, x: Images, axis: Axis | None = None) -> Images:
         """The expected images of `encode(x, sample=False)`."""
-        return self.likelihood.mean(self.decode(self.encode(x, sample=False)))
+        return self.likelihood.mean(self.decode(self.encode(x, sample=False, axis=axis)))
 
-    def sample(self, sequences: int, time: int) -> Images:
+    def sample(self, sequences: int, time: int, axis: Axis | None = None) -> Images:
         """Images of `sequences` sequences of `time` frames from the prior, on the model's device."""
         shape = (sequences, time, *self.capsule_shape)
         z, u = (torch.randn(s, device=next(self.parameters()).device) for s in (shape, self.rolls.shape_of_u(shape)))
-        return self.likelihood.mean(self.decode(self.topography(z, u)))
+        return self.likelihood.mean(self.decode(self.topography(z, u, axis)))
 
-    def traverse(self, x: Images, frame: int = 0, axis: int | None = None) -> Images:
+    def traverse(self, x: Images, frame: int = 0, along: int | None = None, axis: Axis | None = None) -> Images:
         """Capsule traversal (section 6.1): the images of `Roll_{l - frame}(t_frame)` for every frame `l` of `x`.
 
         Only the frames inside the temporal window of `frame` are seen by the model; an equivariant one continues the
-        transformation through the others. Capsules with a root for each axis roll along one, or along all at once.
+        transformation through the others. Capsules with a root for each axis roll `along` one, whichever `axis` their
+        sequences roll along, or along all at once.
         """
-        t = self.encode(x, sample=False)
-        rolled = [roll_capsules(t[:, frame], l - frame, self.rolls, axis) for l in range(x.shape[1])]
+        t = self.encode(x, sample=False, axis=axis)
+        rolled = [roll_capsules(t[:, frame], l - frame, self.rolls, along) for l in range(x.shape[1])]
         return self.likelihood.mean(self.decode(torch.stack(rolled, dim=1)))
 
     def project_weights(self) -> None:
@@ -283,10 +295,12 @@ class TVAE(VAE):
         weights: as in `VAE`.
         mu_init: initial value of the trainable scalar `mu`.
         window: the weights of the window are "ones", or learned: "shared" by all capsules or one window a "capsule".
+        told_axis: whether the model is told along which axis of its capsules each sequence rolls.
         backend: as in `tvae_kernels.topographic`.
 
     Raises:
-        ValueError: as `VAE`, or the neighbourhood does not fit the capsules, or the kind of window is unknown.
+        ValueError: as `VAE`, or the neighbourhood does not fit the capsules, or the kind of window is unknown, or there
+            are no axes with a root each to be told about.
 
     """
 
@@ -300,12 +314,16 @@ class TVAE(VAE):
         weights: str = "free",
         mu_init: float = 30.0,
         window: str = "ones",
+        told_axis: bool = False,
         backend: str = "auto",
     ):
         super().__init__(image_shape, capsules, capsule_dim, likelihood, weights)
         if window not in WINDOWS:
             raise ValueError(f"window must be one of {', '.join(WINDOWS)}; got {window!r}")
-        self.settings |= {"neighborhood": neighborhood, "mu_init": mu_init, "window": window}
+        if told_axis and neighborhood.roots != "each axis":
+            raise ValueError(f"told_axis needs a root for each axis, got {neighborhood}")
+        self.settings |= {"neighborhood": neighborhood, "mu_init": mu_init, "window": window, "told_axis": told_axis}
+        self.told_axis = told_axis
         neighborhood.check_fits(time=neighborhood.time_window, dim=capsule_dim, capsules=capsules)
         self.rolls = neighborhood
         (self.frames_before, self.frames_after), _ = neighborhood.padding()
@@ -317,18 +335,29 @@ class TVAE(VAE):
             neighborhood, mu_init, backend=backend, learn_weights=window != "ones", weights_for_capsules=of_capsules
         )
 
-    def topography(self, z: Capsules, u: Capsules) -> Capsules:
-        """The topographic layer (Eq. 11)."""
-        return self.topographic(z, u)
+    def topography(self, z: Capsules, u: Capsules, axis: Axis | None = None) -> Capsules:
+        """The topographic layer (Eq. 11).
+
+        Raises:
+            ValueError: an axis is not given to a model that is told, or given to one that is not.
+
+        """
+        self._check_told(axis)
+        return self.topographic(z, u, axis)
 
     def posterior(self, x: Images) -> tuple[Normal, Normal]:
         """`q(z|x)` of shape `(B, S, C, D)`, and `q(u|x)` of the same but where it is padded (Eq. 10 and 11)."""
         z, u = self._posterior_parameters(x)
         return gaussian(z), gaussian(u)
 
-    def latents(self, x: Images, first: int = 0, of: int | None = None) -> Latents:
+    def latents(self, x: Images, first: int = 0, of: int | None = None, axis: Axis | None = None) -> Latents:
         """`t` at a sample of the posterior, and the KL terms; on a GPU in one kernel."""
-        return self.topographic.sample(*self._posterior_parameters(x), first=first, of=of)
+        self._check_told(axis)
+        return self.topographic.sample(*self._posterior_parameters(x), first=first, of=of, axis=axis)
+
+    def _check_told(self, axis: Axis | None) -> None:
+        if (axis is not None) != self.told_axis:
+            raise ValueError(f"a model with told_axis={self.told_axis} got the axis {axis}")
 
     def _posterior_parameters(self, x: Images) -> tuple[Parameters, Parameters]:
         extended = x

@@ -54,6 +54,9 @@ class Config:
     """Rows of every layer's weights: free, weight normalisation, or norm 1 by projected gradient descent."""
     window: Literal["ones", "shared", "capsule"] = "ones"
     """Weights of the neighbourhood's taps: all 1, or learned, one window for all capsules or one a capsule."""
+    told_axis: bool = False
+    """Whether the model is told along which axis of its capsules a sequence rolls: axis 0 for the first transformation
+    of the data, axis 1 for the second. Else it sums over the roots of all axes."""
     mu_init: float = 30.0
     """Initial value of mu in t = (z - mu) / sqrt(W u^2)."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -79,6 +82,8 @@ class Config:
     def __post_init__(self):
         if self.model == "vae" and self.neighborhood != Neighborhood():
             raise ValueError(f"a VAE has no topography, but the neighborhood is {self.neighborhood}")
+        if self.told_axis and self.neighborhood.roots != "each axis":
+            raise ValueError(f"told_axis needs a root for each axis, got {self.neighborhood}")
         if self.evaluation_data is not None and ("mnist" in self.evaluation_data) != ("mnist" in self.data):
             raise ValueError(f"a model of {self.data} images cannot be evaluated on {self.evaluation_data}")
         for name in ("batch_size", "steps", "evaluation_sequences", "importance_samples"):
@@ -94,7 +99,7 @@ class Config:
 
         Raises:
             DataError: the data is missing or damaged.
-            ValueError: the time window does not fit the sequences.
+            ValueError: the time window or the axes do not fit the sequences.
 
         """
         data = self.data if split == "train" else self.evaluation_data or self.data
@@ -103,13 +108,17 @@ class Config:
         source = open_source(data, split, folder, device, download)
         if self.model != "vae":
             self.neighborhood.check_fits(source.sequence_length, self.capsule_dim, self.capsules)
+        if self.told_axis and len(source.transformations) != self.neighborhood.root_count:
+            moves = ", ".join(source.transformations.values())
+            raise ValueError(f"told_axis needs an axis for each of {moves}, got {self.neighborhood.axes}")
         return source
 
     def build_model(self, image_shape: tuple[int, int, int]) -> VAE:
         """A freshly initialised model for images of `(channel, height, width)`."""
         settings = {"likelihood": self.likelihood, "weights": self.weights}
         if self.model != "vae":
-            settings |= {"neighborhood": self.neighborhood, "mu_init": self.mu_init, "window": self.window}
+            for name in ("neighborhood", "mu_init", "window", "told_axis"):
+                settings[name] = getattr(self, name)
         return MODELS[self.model](image_shape, self.capsules, self.capsule_dim, **settings)
 
     def to_json(self) -> str:
@@ -180,14 +189,13 @@ def _topographies() -> dict[str, Preset]:
     adam = replace(_SPRITES, optimizer="adam", learning_rate=5e-4)
     small = replace(adam, capsules=45, capsule_dim=5)
     axes = replace(adam, data="sprites-shifts", capsules=2, capsule_dim=225)
+    axes = replace(axes, neighborhood=Neighborhood(10, 1, axes=(15, 15), roots="each axis"))
     padded = {"time_boundary": "padded", "capsule_boundary": "padded"}
     third = 1 / 3  # 5 positions for 15 frames
     models = {
         "mnist-still-tvae-torus": (torus, "TVAE on a torus of 18 x 18, windows of 5 x 5 (section 6.2)"),
-        "sprites-shifts-tvae-axes": (
-            replace(axes, neighborhood=Neighborhood(10, 1, axes=(15, 15), roots="each axis")),
-            "TVAE, a root for each of two axes (Eq. 21)",
-        ),
+        "sprites-shifts-tvae-axes": (axes, "TVAE, a root for each of two axes (Eq. 21)"),
+        "sprites-shifts-tvae-told": (replace(axes, told_axis=True), "TVAE, told which of two axes rolls (Eq. 21)"),
         "sprites-tvae-third": (replace(small, neighborhood=Neighborhood(10, 1, third)), "TVAE, shift 1/3 (Eq. 19)"),
         "sprites-tvae-phase": (
             replace(small, neighborhood=Neighborhood(10, 1, third, roll="fourier")),

@@ -72,21 +72,22 @@ class Step:
 
     def stages(self, i: int) -> Iterator[str]:
         """The step, stage by stage; gives the name of each when it is done."""
-        images = self.stream[i].images
+        batch = self.stream[i]
         yield "data"
-        yield from self.learn(images)
+        yield from self.learn(batch.images, batch.axis)
 
-    def learn(self, images: Tensor) -> Iterator[str]:
+    def learn(self, images: Tensor, axis: Tensor) -> Iterator[str]:
         """The stages after the data."""
+        axis = self.model.module.told(axis)
         with self.autocast:  # and not by Fabric, which would round the images, too
-            elbo = self.model(images, self.stream.part.start, self.stream.batch_size)
+            elbo = self.model(images, self.stream.part.start, self.stream.batch_size, axis)
         yield "forward"
         self.optimizer.zero_grad()
         self.fabric.backward(-elbo.total.mean())
         yield "backward"
         self.optimizer.step()
         self.model.module.project_weights()
-        self.elbo = ELBO(*(x.detach() for x in elbo))
+        self.elbo = ELBO(*(x if x is None else x.detach() for x in elbo))
         yield "optimiser"
 
 
@@ -97,7 +98,7 @@ class CompiledStep(Step):
         super().__init__(*arguments)
         self.model.module.compile(dynamic=False, options={"fallback_random": True})
 
-    def learn(self, images: Tensor) -> Iterator[str]:
+    def learn(self, images: Tensor, axis: Tensor) -> Iterator[str]:
         """The stages after the data; the first call compiles.
 
         Raises:
@@ -105,7 +106,7 @@ class CompiledStep(Step):
 
         """
         try:
-            yield from super().learn(images)
+            yield from super().learn(images, axis)
         except TorchDynamoException as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"torch.compile fails: {reason}; train with --step eager, which gives the same") from error
@@ -140,14 +141,16 @@ class GraphStep(Step):
         self.taken += 1
         yield "replay"
 
-    def draw(self, i: int) -> tuple[Tensor, Tensor]:
-        """Examples (B,) and factors (B, S, F) of batch i, on the CPU."""
+    def draw(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Examples (B,), factors (B, S, F) and axes (B,) of batch i, on the CPU."""
         examples, starts, transformation = self.stream.draw(i)
-        return examples, self.stream.source.advance(starts, transformation)
+        source = self.stream.source
+        return examples, source.advance(starts, transformation), source.axis(transformation)
 
     def train(self) -> None:
         """Render the sequences and learn from them."""
-        for _ in self.learn(self.stream.source.render(*self.draws)):
+        examples, factors, axis = self.draws
+        for _ in self.learn(self.stream.source.render(examples, factors), axis):
             pass
 
     def capture(self) -> None:

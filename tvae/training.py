@@ -128,7 +128,7 @@ def measure(elbo: ELBO, rolls: Neighborhood) -> dict[str, float]:
         "log_likelihood": elbo.log_likelihood.mean().item(),
         "kl_z": elbo.kl_z.mean().item(),
         "kl_u": elbo.kl_u.mean().item(),
-        "equivariance_error": equivariance_error(elbo.t, rolls).mean().item(),
+        "equivariance_error": equivariance_error(elbo.t, rolls, elbo.axis).mean().item(),
     }
 
 

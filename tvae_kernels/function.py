@@ -31,6 +31,7 @@ def topographic(
     weights: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
+    axis: int | Tensor | None = None,
 ) -> Tensor:
     """Topographic Student's-t variables from Gaussian ones (Keller & Welling 2021, Eq. 6 to 9 and 11).
 
@@ -61,17 +62,22 @@ def topographic(
         eps: added inside the square root; 0 is legal and then `t` is not finite where `v` is 0.
         backend: "auto" is Triton for GPU tensors and "torch" elsewhere, unless the environment variable
             TVAE_KERNELS_BACKEND names another; "triton", "torch" or "reference" ask for one.
+        axis: where every axis has a root, the one that these sequences are known to roll along, or `(B,)` integers for
+            each its own: then the window along it is the denominator, alone. None: the sum over all axes, whichever
+            they roll along (Eq. 21).
 
     Returns:
         `t`, of the shape of `z`.
 
     Raises:
         TypeError: an argument is not a floating-point tensor (`mu`: or a number), or not a `Neighborhood`.
-        ValueError: shapes, devices, window sizes, `eps` or the backend's name do not fit.
+        ValueError: shapes, devices, window sizes, `eps`, the axis or the backend's name do not fit.
         BackendUnavailableError: the backend asked for cannot run on these tensors.
 
     """
     check_arguments(z, u, mu, neighborhood, weights, eps)
+    if axis is not None:
+        return _along(axis, z, u, mu, neighborhood, weights, eps, backend)
     backend = resolve_backend(backend, z.device)
 
     dtype = torch.promote_types(z.dtype, u.dtype)
@@ -91,6 +97,37 @@ def topographic(
     # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
     apply = TopographicFunction.apply if _transformed() else _apply
     return apply(z, u, mu, weights, neighborhood, eps, backend, torch.is_grad_enabled())[0]
+
+
+def _along(axis: int | Tensor, z: Tensor, u: Tensor, mu, neighborhood, weights, eps, backend) -> Tensor:
+    """`topographic` under the root of one axis, or of one a sequence.
+
+    Sequences of different axes are not told apart before the result: nothing then depends on values, which a GPU would
+    have to be waited for and no CUDA graph could hold. It goes through as many taps as the sum over all axes does.
+    """
+    if isinstance(axis, Tensor):
+        _check_axes(axis, z, neighborhood)
+        t, *others = (_along(a, z, u, mu, neighborhood, weights, eps, backend) for a in range(neighborhood.root_count))
+        for a, other in enumerate(others, start=1):
+            t = torch.where((axis == a)[:, None, None, None], other, t)
+        return t
+    alone = neighborhood.along(axis)
+    if weights is not None:
+        columns = weights.split(list(neighborhood.capsule_window), -1)[axis]
+        weights = columns.reshape(*weights.shape[:-2], *alone.weights_shape)
+    return topographic(z, u, mu, alone, weights, eps, backend)
+
+
+def _check_axes(axis: Tensor, z: Tensor, neighborhood: Neighborhood) -> None:
+    """Refuse what does not name an axis with a root for each sequence, as far as that is known without waiting."""
+    if axis.is_floating_point() or axis.dtype == torch.bool or axis.shape != z.shape[:1] or axis.device != z.device:
+        raise ValueError(
+            f"axis must be {z.shape[0]} integers on {z.device}, one for each sequence; "
+            f"got {axis.dtype} of shape {tuple(axis.shape)} on {axis.device}"
+        )
+    if axis.device.type == "cpu" and not _transformed():
+        for a in axis.unique().tolist():
+            neighborhood.along(a)  # which refuses what is none
 
 
 def as_tensor(mu: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

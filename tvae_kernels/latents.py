@@ -41,6 +41,7 @@ def topographic_latents(
     noise: Noise | None = None,
     first: int = 0,
     of: int | None = None,
+    axis: int | Tensor | None = None,
 ) -> Latents:
     """Sample Gaussian `z` and `u` and make them topographic (Keller & Welling 2021, Eq. 10 to 12).
 
@@ -67,6 +68,7 @@ def topographic_latents(
         first: number of the first of these sequences in a batch that several processes share,
         of: and how many sequences that batch has. Processes whose generators are in one state then draw for all of it
             the noise that a single one would.
+        axis: as in `topographic`.
 
     Raises:
         TypeError: as `topographic`.
@@ -94,6 +96,7 @@ def topographic_latents(
     if (
         resolve_backend(backend, z.device) == "triton"
         and weights is None
+        and axis is None
         and held_by_a_lane(z, u, mu, neighborhood)
         and not torch._C._are_functorch_transforms_active()
         and not (noise is not None and any(x.requires_grad for x in noise))
@@ -105,7 +108,7 @@ def topographic_latents(
         return Latents(*LatentsFunction.apply(z, u, mu, *drawing, first, neighborhood, eps))
     if noise is None:
         noise = drawn(one_z, one_u, first, of)
-    return composed(z, u, noise, lambda z, u: topographic(z, u, mu, neighborhood, weights, eps, backend))
+    return composed(z, u, noise, lambda z, u: topographic(z, u, mu, neighborhood, weights, eps, backend, axis))
 
 
 def held_by_a_lane(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> bool:

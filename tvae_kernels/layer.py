@@ -65,35 +65,33 @@ class TopographicLayer(nn.Module):
         """`softplus(raw_weights)`, of `neighborhood.weights_shape` or with the capsules before it; None without."""
         return None if self.raw_weights is None else F.softplus(self.raw_weights)
 
-    def forward(self, z: Tensor, u: Tensor, axis: int | None = None) -> Tensor:
+    def forward(self, z: Tensor, u: Tensor, axis: int | Tensor | None = None) -> Tensor:
         """Map `z`, `(batch, time, capsule, dim)`, and `u`, of `neighborhood.shape_of_u(z.shape)`, to `t` like `z`.
 
-        Args:
-            z: the numerator's Gaussian variables.
-            u: the denominator's.
-            axis: where every axis has a root, the one that these sequences are known to roll along: then the window
-                along it is the denominator, alone. None: the sum over all axes, whichever they roll along (Eq. 21).
-
+        `axis` says along which axis the sequences are known to roll, where every axis has a root: see `topographic`.
         """
-        if axis is None:
-            return topographic(z, u, self.mu, self.neighborhood, self.weights, self.eps, self.backend)
-        neighborhood, weights = self.neighborhood.along(axis), self.weights
-        if weights is not None:
-            columns = weights.split(list(self.neighborhood.capsule_window), -1)[axis]
-            weights = columns.reshape(*weights.shape[:-2], *neighborhood.weights_shape)
-        return topographic(z, u, self.mu, neighborhood, weights, self.eps, self.backend)
+        return topographic(z, u, self.mu, self.neighborhood, self.weights, self.eps, self.backend, axis)
 
     def sample(
-        self, z: Tensor, u: Tensor, noise: Noise | None = None, first: int = 0, of: int | None = None
+        self,
+        z: Tensor,
+        u: Tensor,
+        noise: Noise | None = None,
+        first: int = 0,
+        of: int | None = None,
+        axis: int | Tensor | None = None,
     ) -> Latents:
         """From means and log-variances, `(batch, time, 2, capsule, dim)`, to `t` at a sample and both KL terms.
 
-        Equivalent to `topographic_latents(z, u, self.mu, neighborhood, self.weights, eps, backend, noise, first, of)`.
+        Equivalent to
+        `topographic_latents(z, u, self.mu, neighborhood, self.weights, eps, backend, noise, first, of, axis)`.
         """
         settings = self.neighborhood, self.weights, self.eps, self.backend
-        return topographic_latents(z, u, self.mu, *settings, noise, first, of)
+        return topographic_latents(z, u, self.mu, *settings, noise, first, of, axis)
 
-    def step(self, z: Tensor, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, z: Tensor, u: Tensor, state: Tensor | None = None, axis: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map the next frames of a stream: a causal window on a sequence that need not have an end (Eq. 22).
 
         Fed with a sequence in pieces, it gives the same as `forward` on the whole.
@@ -102,6 +100,7 @@ class TopographicLayer(nn.Module):
             z: `(batch, frames, capsule, dim)`, one frame or more.
             u: the same but where the capsules are padded.
             state: what the call for the frames before returned; None at the start of a sequence.
+            axis: as in `topographic`.
 
         Returns:
             `t` of the shape of `z`, and the state: the last `W - 1` frames of `u`.
@@ -124,7 +123,7 @@ class TopographicLayer(nn.Module):
             raise ValueError(f"for u of shape {tuple(u.shape)} the state must be {expected}, got {tuple(state.shape)}")
         u = torch.cat((state, u), 1)
         padded = replace(n, time_boundary="padded")
-        t = topographic(z, u, self.mu, padded, self.weights, self.eps, self.backend)
+        t = topographic(z, u, self.mu, padded, self.weights, self.eps, self.backend, axis)
         return t, u[:, u.shape[1] - kept :]
 
     def extra_repr(self) -> str:

@@ -110,7 +110,9 @@ class Neighborhood:
             raise ValueError(f'a root for "each axis" needs axes, got {self.axes}')
         if self.roll == "fourier" and (self.is_multidimensional or self.capsule_boundary != "circular"):
             raise ValueError('roll "fourier" needs capsules of one circular axis')
-        # Written out here, because a compiler that traces a call cannot do it: see `operators`.
+        # Made here, because a compiler that traces a call cannot do it: the text for `operators`, and for `along`
+        # the neighbourhood of each axis that has a root.
+        self._set("alone", tuple(self._of_axis(axis) for axis in range(self.root_count)) if self.root_count > 1 else ())
         self._set("text", json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
 
     def _set(self, name: str, value: object) -> None:
@@ -185,8 +187,11 @@ class Neighborhood:
             ValueError: there is no such axis, or no root for each.
 
         """
-        if self.roots != "each axis" or not 0 <= axis < len(self.axes):
+        if not isinstance(axis, Integral) or not 0 <= axis < len(self.alone):
             raise ValueError(f"axis must be one of those that have a root each, got {axis!r} for {self}")
+        return self.alone[axis]
+
+    def _of_axis(self, axis: int) -> Neighborhood:
         keep = [a == axis for a in range(len(self.axes))]
         window = tuple(k if kept else 1 for k, kept in zip(self.capsule_window, keep, strict=True))
         shift = tuple(s if kept else 0 for s, kept in zip(self.shift, keep, strict=True))
