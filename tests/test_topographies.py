@@ -473,6 +473,19 @@ def test_each_sequence_may_roll_along_an_axis_of_its_own(backend, device, weight
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)  # the same terms, at most in another order
 
 
+def test_what_is_not_finite_along_another_axis_does_not_matter(backend, device):
+    """Not to the gradients, either: a sequence whose sums are 0 along the other axis, where 0 is its denominator."""
+    neighborhood = Neighborhood(1, (2, 1), axes=(2, 3), roots="each axis")  # axis 0 sees both rows, axis 1 one
+    z, dt = normal(2, S, C, 6, seed=1).to(device), normal(2, S, C, 6, seed=2).to(device)
+    u = normal(2, S, C, 6, seed=3).to(device)
+    u[0, ..., :3] = 0
+    leaves = [z.requires_grad_(), u.requires_grad_()]
+    t = topographic(z, u, 0.3, neighborhood, None, 0.0, backend, axis=torch.tensor([0, 1], device=device))
+    assert all(x.isfinite().all() for x in (t, *torch.autograd.grad(t, leaves, dt)))
+    either = topographic(z, u, 0.3, neighborhood, None, 0.0, backend, axis=1)
+    assert not either[0].isfinite().all()
+
+
 def test_axes_that_do_not_fit_are_refused(device):
     neighborhood, dim = TOPOGRAPHIES["a root for each axis"]
     z, u, mu, _, _ = arguments(neighborhood, dim, device=device)

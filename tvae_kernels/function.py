@@ -102,14 +102,17 @@ def topographic(
 def _along(axis: int | Tensor, z: Tensor, u: Tensor, mu, neighborhood, weights, eps, backend) -> Tensor:
     """`topographic` under the root of one axis, or of one a sequence.
 
-    Sequences of different axes are not told apart before the result: nothing then depends on values, which a GPU would
-    have to be waited for and no CUDA graph could hold. It goes through as many taps as the sum over all axes does.
+    The whole batch goes through the window of every axis, which takes as many taps as the sum over all does: for shapes
+    that depend on values a GPU would have to be waited for, and no CUDA graph could hold them. Sequences that roll
+    along another axis count as ones there, for what their `u` gives need not be finite, nor 0 times it.
     """
     if isinstance(axis, Tensor):
         _check_axes(axis, z, neighborhood)
-        t, *others = (_along(a, z, u, mu, neighborhood, weights, eps, backend) for a in range(neighborhood.root_count))
-        for a, other in enumerate(others, start=1):
-            t = torch.where((axis == a)[:, None, None, None], other, t)
+        t = None
+        for a in range(neighborhood.root_count):
+            mine = (axis == a)[:, None, None, None]
+            along = _along(a, z, u.where(mine, 1), mu, neighborhood, weights, eps, backend)
+            t = along if t is None else along.where(mine, t)
         return t
     alone = neighborhood.along(axis)
     if weights is not None:
