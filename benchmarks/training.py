@@ -39,23 +39,29 @@ class GivenNoise(TopographicLayer):
     """Ours with noise drawn by PyTorch, as the other layers' is: kernels draw their own."""
 
     def sample(
-        self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None, axis=None
+        self,
+        z: Tensor,
+        u: Tensor,
+        noise: None = None,
+        first: int = 0,
+        of: int | None = None,
+        axis: Tensor | None = None,
     ) -> Latents:
         """See `TopographicLayer.sample`."""
         return super().sample(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of), axis=axis)
 
 
 class Convolution(TopographicLayer):
-    """The layer of the code published with the paper."""
+    """The layer of the code published with the paper, for plain windows, which have no axes to be told about."""
 
-    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+    def forward(self, z: Tensor, u: Tensor, axis: None = None) -> Tensor:
         """See `peers.convolution`."""
         return peers.convolution(z, u, self.mu, self.neighborhood)
 
     def sample(
-        self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None, axis=None
+        self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None, axis: None = None
     ) -> Latents:
-        """See `TopographicLayer.sample`; for the plain windows that it has, which have no axes to be told."""
+        """See `TopographicLayer.sample`."""
         return composed(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of), self)
 
 
