@@ -1,4 +1,4 @@
-"""The implementations that are timed against each other, all of one form: `(z, u, mu, neighborhood, weights)` to `t`.
+"""The implementations that are timed against each other, of one form: `(z, u, mu, neighborhood, weights, axis)` to `t`.
 
 A peer's name is its function, alone for eager mode or with the way it is compiled: "reference", "reference compiled".
 """
@@ -30,8 +30,10 @@ NAMES = {
 }
 
 
-def build(name: str, neighborhood: Neighborhood) -> Callable[..., Tensor]:
+def build(name: str, neighborhood: Neighborhood, axis: Tensor | None = None) -> Callable[..., Tensor]:
     """The peer as a function of `z`, `u`, `mu` and perhaps weights; compiled ones compile at their first call.
+
+    With an `axis` it is the peer that is told along which one each sequence rolls.
 
     Raises:
         ValueError: no peer has this name.
@@ -42,25 +44,33 @@ def build(name: str, neighborhood: Neighborhood) -> Callable[..., Tensor]:
         raise ValueError(f"a peer is one of {', '.join(FUNCTIONS)}, alone or with {', '.join(MODES)}; got {name!r}")
     function = FUNCTIONS[function_name]
 
+    told = {} if axis is None else {"axis": axis}
+
     def call(z: Tensor, u: Tensor, mu: Tensor, *weights: Tensor) -> Tensor:
-        return function(z, u, mu, neighborhood, *weights)
+        return function(z, u, mu, neighborhood, *weights, **told)
 
     return torch.compile(call, dynamic=False, mode=MODES[mode]) if mode else call
 
 
-def reference(z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None) -> Tensor:
+def reference(
+    z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None, axis: Tensor | None = None
+) -> Tensor:
     """The equation as written, one tap at a time; its gradient by autograd."""
-    return topographic(z, u, mu, n, weights, EPS, "reference")
+    return topographic(z, u, mu, n, weights, EPS, "reference", axis)
 
 
-def fallback(z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None) -> Tensor:
+def fallback(
+    z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None, axis: Tensor | None = None
+) -> Tensor:
     """The package on any device."""
-    return topographic(z, u, mu, n, weights, EPS, "torch")
+    return topographic(z, u, mu, n, weights, EPS, "torch", axis)
 
 
-def kernels(z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None) -> Tensor:
+def kernels(
+    z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None, axis: Tensor | None = None
+) -> Tensor:
     """The package on a GPU."""
-    return topographic(z, u, mu, n, weights, EPS, "triton")
+    return topographic(z, u, mu, n, weights, EPS, "triton", axis)
 
 
 def convolution(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> Tensor:

@@ -19,6 +19,7 @@ NAMES = (
     PLAIN,
     "mnist-still-tvae-torus",
     "sprites-shifts-tvae-axes",
+    "sprites-shifts-tvae-told",
     "sprites-tvae-third",
     "sprites-tvae-phase",
     "sprites-tvae-padded",
@@ -32,17 +33,27 @@ PEERS = {"cpu": ("reference",), "cuda": ("reference", "reference compiled")}
 
 @dataclass(frozen=True)
 class Topography:
-    """A preset's layer: the neighbourhood, `z` of `shape` `(B, S, C, D)`, and whether each capsule learns a window."""
+    """A preset's layer: the neighbourhood, `z` of `shape` `(B, S, C, D)`, and what else it has.
+
+    That is a window that each capsule has learned, or for each sequence an axis that the layer is told.
+    """
 
     preset: str
     neighborhood: Neighborhood
     shape: tuple[int, int, int, int]
     learned: bool
+    told: bool
 
     @property
     def name(self) -> str:
         """As in "sprites-tvae-third 8x15x45x5"."""
         return f"{self.preset} {'x'.join(map(str, self.shape))}"
+
+    def peer(self, name: str, device: torch.device) -> Callable[..., torch.Tensor]:
+        """A peer that does what the layer does, with sequences that roll along one axis after the other."""
+        n = self.neighborhood
+        axis = torch.arange(self.shape[0], device=device) % n.root_count if self.told else None
+        return peers.build(name, n, axis)
 
     def problem(self, device: torch.device, seed: int, dtype: torch.dtype = torch.float32) -> Problem:
         """Normal `z`, `u` and `dt`, the latter with a mean, the paper's initial `mu`, and weights around 1."""
@@ -66,7 +77,7 @@ def topographies(device_type: str) -> Iterator[Topography]:
             config = PRESETS[name].config
             frames = 1 if config.data == "mnist-still" else 15
             shape = (times * config.batch_size, frames, config.capsules, config.capsule_dim)
-            yield Topography(name, config.neighborhood, shape, config.window == "capsule")
+            yield Topography(name, config.neighborhood, shape, config.window == "capsule", config.told_axis)
 
 
 def check(topography: Topography, peer: str, problem: Problem) -> float:
@@ -80,10 +91,11 @@ def check(topography: Topography, peer: str, problem: Problem) -> float:
     """
     n = topography.neighborhood
     exact = {name: x.detach().double() for name, x in problem.inputs.items()}
-    wanted = Problem(**exact, dt=problem.dt.double()).leaves().both(peers.build("reference", n))
+    device = problem.z.device
+    wanted = Problem(**exact, dt=problem.dt.double()).leaves().both(topography.peer("reference", device))
     terms = sum(1 for _ in n.taps()) + topography.shape[3] * (n.roll == "fourier")
     worst = 0.0
-    for what, x in problem.both(peers.build(peer, n)).items():
+    for what, x in problem.both(topography.peer(peer, device)).items():
         # 3 times, for r cubed is in the gradients; sums over all elements as in operation.Judge.
         most = 3 * (terms + 10) + (6 * math.sqrt(problem.z.numel()) if what in ("dmu", "dweights") else 0)
         error = ((x.double() - wanted[what]).norm(torch.inf) / wanted[what].norm(torch.inf)).item()
@@ -113,7 +125,7 @@ def measure(
     for name in (peers.OURS[device.type], *PEERS[device.type]):
         say(f"check {name}")
         errors[name] = check(topography, name, problems[0])
-        call = peers.build(name, topography.neighborhood)
+        call = topography.peer(name, device)
         timed[name] = lambda turn, call=call: operation.sample(call, problems, clock, turn)
     taken = operation.in_turn(timed, samples, say)
     return {"preset": topography.preset, "shape": topography.shape, "samples": taken, "error": errors}

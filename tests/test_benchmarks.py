@@ -107,12 +107,20 @@ def test_every_topography_is_checked_and_timed_beside_its_reference(monkeypatch,
         assert data["samples"].keys() == data["error"].keys() == {"torch", "reference"}
         assert all(len(x) >= 2 for times in data["samples"].values() for x in times.values())
         problem = topography.problem(CPU, seed=0)
-        call = peers.build("reference", topography.neighborhood)
+        call = topography.peer("reference", CPU)
         monkeypatch.setitem(
-            peers.FUNCTIONS, "wrong", lambda z, u, mu, n, *w, call=call: call(z, u + 1e-3 * u.detach(), mu, *w)
+            peers.FUNCTIONS, "wrong", lambda z, u, mu, n, *w, call=call, **_: call(z, u + 1e-3 * u.detach(), mu, *w)
         )
         with pytest.raises(WrongResultError, match=f"wrong: t of {topography.name}"):
             topographies.check(topography, "wrong", problem)
+
+
+def test_a_layer_that_is_told_its_axes_is_timed_with_both():
+    (told,) = (x for x in small_topographies() if x.told)
+    told = replace(told, shape=(2, *told.shape[1:]))
+    z, u, mu = told.problem(CPU, seed=0).inputs.values()
+    both = [peers.build("reference", told.neighborhood.along(axis))(z, u, mu)[axis] for axis in (0, 1)]
+    torch.testing.assert_close(told.peer("torch", CPU)(z, u, mu), torch.stack(both))
 
 
 def test_topographies_are_reported_by_machine(tmp_path):
