@@ -621,8 +621,8 @@ def test_training_fused_and_in_other_precisions_is_compared_by_its_metrics(monke
     assert data["difference"]["fused"] < 1e-5 < data["difference"]["fused, bf16-mixed"] < 0.05
     right = latents.topographic
 
-    def wrong(z, u, mu, neighborhood, weights, eps, backend):
-        return right(z, u if backend == "reference" else 1.001 * u, mu, neighborhood, weights, eps, backend)
+    def wrong(z, u, mu, neighborhood, weights, eps, backend, axis):
+        return right(z, u if backend == "reference" else 1.001 * u, mu, neighborhood, weights, eps, backend, axis)
 
     monkeypatch.setattr(latents, "topographic", wrong)
     data = agreement.measure("sprites-tvae-w10-k1", TRAINED, CPU, steps=3, sequences=24)
