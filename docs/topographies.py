@@ -163,8 +163,8 @@ Capsules with a root for each of two axes, after 4,000 steps on sprites that mov
 is whose: axis 0 for x, axis 1 for y. Rolled along the axis of its own sequence, `t_0` continues the motion through the
 frames that it has not seen (grey); rolled along the other axis it moves in the other direction, with a ghost in some
 frames: no sequence has shown the model a `t` of one motion rolled along the axis of the other. ELBO -203.0 nats a
-frame; E_eq 492 (chance 3,555) and CapCorr 1.00 for x and for y (chance 0.22 and 0.08) are what such windows give
-before training, too
+frame; E_eq 492 (chance 3,555) and CapCorr 1.00 for x and for y (chance 0.22 and 0.08), which such windows give
+[after 50 steps](performance.md#the-same-metrics), too
 ([metrics](../results/sprites-shifts-tvae-told-4000-steps/evaluation.json)).
 
     tvae train sprites-shifts-tvae-told --steps 4000 --evaluation-sequences 100

@@ -40,7 +40,8 @@ def test_rows_hold_what_the_metrics_say_on_the_fixed_sequences():
 
 def test_a_model_that_is_told_is_evaluated_along_the_axes_it_is_told():
     source = open_source("sprites-shifts", "test")
-    rolls = Neighborhood(3, 1, axes=(15, 15), roots="each axis")
+    # Windows of one frame, after which capsules roll along no axis: the one that fits better is often the other.
+    rolls = Neighborhood(1, 1, axes=(15, 15), roots="each axis")
     model = TVAE(source.image_shape, 1, 225, rolls, told_axis=True)
     rows = {row.metric: row.value for row in evaluate(model, FixedSequences.of(source, 16, batch_size=8), samples=1)}
     error, correlation = EquivarianceError(rolls), CapCorr(["", "", "", "x", "y"], rolls)

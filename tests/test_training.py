@@ -133,11 +133,8 @@ def test_projected_weights_have_norm_one_after_training_and_normalised_ones_resu
 
 
 def test_configurations_of_older_runs_are_read():
-    added = {
-        "weights": "free",
-        "precision": "32-true",
-        "told_axis": False,
-    }  # what runs did before these could be chosen
+    # What runs did before these could be chosen.
+    added = {"weights": "free", "precision": "32-true", "told_axis": False}
     older = 0
     for file in (Path(__file__).parent.parent / "results").glob("*/config.json"):
         written, config = json.loads(file.read_text()), Config.from_json(file.read_text())
