@@ -31,9 +31,11 @@ setup(
             "rich>=13",
             "filelock>=3.12",
             "jaxtyping>=0.2.30",
+            "pydantic>=2.7",
+            "typing_extensions>=4.10",
         ],
         "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff"],
         "bench": ["pytest-benchmark>=4"],
     },
-    entry_points={"console_scripts": ["tvae = tvae.cli:main"]},
+    entry_points={"console_scripts": ["tvae = tvae.__main__:main"]},
 )

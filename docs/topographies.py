@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tvae.evaluation import digits, load
+from tvae.evaluation import load
 from tvae_kernels import Neighborhood, reference
 
 FOLDER = Path(__file__).parent
@@ -205,12 +205,13 @@ RUNS = {
 
 def runs_table() -> str:
     """The metrics of `RUNS`, and of chance in brackets."""
-    rows = []
+    rows, shown = [], ("elbo", "equivariance_error", "capcorr")
     for preset in RUNS:
-        metrics = {row.metric: row for row in load(FOLDER.parent / f"results/{preset}-1000-steps/evaluation.json")}
-        names = ("ELBO", "E_eq", *(name for name in metrics if name.startswith("CapCorr")))
-        values = ((metrics[name], digits(name)) for name in names)
-        rows.append([f"`{preset}`", *(f"{row.value:,.{n}f} ({row.chance:,.{n}f})" for row, n in values)])
+        metrics = load(FOLDER.parent / f"results/{preset}-1000-steps/evaluation.json")
+        metrics = [row for key in shown for row in metrics if row.key == key and (row.part is None or key == "capcorr")]
+        names = [row.label for row in metrics]
+        values = (f"{row.value:,.{row.digits}f} ({row.chance:,.{row.digits}f})" for row in metrics)
+        rows.append([f"`{preset}`", *values])
     heads = ["preset", *names]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rows))
 

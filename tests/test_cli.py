@@ -1,44 +1,111 @@
-"""The command line as a user types it: a whole small run, and every mistake with one clear error."""
+"""The command line as a user types it: a whole small run, and every mistake with one clear error.
 
+Commands run in this process, which gives what a new one gives: `test_it_is_a_program` starts one.
+"""
+
+import io
 import json
+import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
-from tvae.paper import EXHIBITS
+from tvae import cli, presets
+from tvae.models import MODELS, load
+from tvae.paper.exhibits import EXHIBITS
 from tvae.presets import PRESETS
+from tvae.training import loop
 
 ROOT = Path(__file__).parent.parent
 TINY = "--capsules 2 --steps 3 --evaluation-sequences 8 --importance-samples 2"
+COMMANDS = ("train", "evaluate", "traverse", "reproduce", "presets")
 
 
-def tvae(arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run `tvae` with the arguments of a command line."""
-    command = [sys.executable, "-W", "error", "-m", "tvae", *arguments.split()]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+def tvae(arguments):
+    """Return the exit status of `tvae ARGUMENTS`."""
+    try:
+        return cli.main(shlex.split(arguments))
+    except SystemExit as end:  # help ends so
+        return end.code or 0
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where the command is given: an empty folder that is home, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A directory with a finished run, and what training printed."""
+def finished(tmp_path_factory):
+    """A directory with a finished run."""
     path = tmp_path_factory.mktemp("cli")
-    return path, tvae(f"train {TINY}", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert tvae(f"train {TINY}") == 0
+    return path
 
 
-def test_train_ends_with_a_table_of_metrics_and_the_path_of_the_figure(trained):
-    path, result = trained
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+@pytest.fixture
+def trained(finished, folder, capsys):
+    """The same, copied to where the command is given: runs/quickstart."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return folder
+
+
+def error(capsys):
+    """Return the one line of an error, without what all of them begin with."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("tvae: error: ")
+    return line.removeprefix("tvae: error: ")
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_program(folder):
+    """In a process of its own, its output in a file, and every warning an error."""
+    command = [sys.executable, "-W", "error", "-m", "tvae", "train", *TINY.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path("log").open("w") as log:
+        result = subprocess.run(
+            command, stdout=log, stderr=subprocess.PIPE, text=True, timeout=120, check=False, env=environment
+        )
+    assert (result.returncode, result.stderr) == (0, "")
+    printed = Path("log").read_text()
+    assert "\x1b" not in printed  # colours and bars are for terminals
+    assert max(map(len, printed.splitlines())) <= 80
     for text in ("ELBO", "log p(x), as published", "E_eq", "CapCorr orientation", "chance"):
-        assert text in result.stdout
-    figure = path / "runs/quickstart/figures/traversals.png"
-    assert "capsule traversals: runs/quickstart/figures/traversals.png" in result.stdout
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    names = {file.name for file in (path / "runs/quickstart").iterdir()}
-    assert names == {
+        assert text in printed
+    assert "capsule traversals: runs/quickstart/figures/traversals.png" in printed.splitlines()
+    assert Path("runs/quickstart/figures/traversals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_ends_with_a_table_of_metrics_and_the_path_of_the_figure(capsys):
+    assert tvae(f"train {TINY}") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for text in ("ELBO", "log p(x), as published", "E_eq", "CapCorr orientation", "chance"):
+        assert text in captured.out
+    assert "runs/quickstart: 8 test sequences after 3 steps" in captured.out
+    assert "capsule traversals: runs/quickstart/figures/traversals.png" in captured.out.splitlines()
+    run = Path("runs/quickstart")
+    assert (run / "figures/traversals.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in run.iterdir() if not file.name.endswith("lock")} == {
         "checkpoint.safetensors",
         "config.json",
         "evaluation.json",
@@ -49,74 +116,266 @@ def test_train_ends_with_a_table_of_metrics_and_the_path_of_the_figure(trained):
     }
 
 
-def test_evaluate_gives_the_same_figures_again(trained):
-    path, _ = trained
-    file = path / "runs/quickstart/evaluation.json"
+def test_evaluate_gives_the_same_figures_again(trained, capsys):
+    file = trained / "runs/quickstart/evaluation.json"
     before = json.loads(file.read_text())
     file.unlink()
-    result = tvae("evaluate runs/quickstart", path)
-    assert result.returncode == 0, result.stderr
+    assert tvae("evaluate runs/quickstart") == 0
     assert json.loads(file.read_text()) == before
-    metrics = {row["metric"]: row for row in before["metrics"]}
-    assert metrics["KL z"]["chance"] == 0
-    assert metrics["ELBO"]["value"] == pytest.approx(
-        metrics["log p(x|t)"]["value"] - metrics["KL z"]["value"] - metrics["KL u"]["value"]
+    assert "ELBO" in capsys.readouterr().out
+    metrics = {(row["key"], row["part"]): row for row in before["metrics"]}
+    assert metrics["elbo", "kl_z"]["chance"] == 0
+    assert metrics["elbo", None]["value"] == pytest.approx(
+        metrics["elbo", "log_likelihood"]["value"] - metrics["elbo", "kl_z"]["value"] - metrics["elbo", "kl_u"]["value"]
     )
 
 
 def test_traverse_draws_the_figure_again(trained):
-    path, _ = trained
-    figure = path / "runs/quickstart/figures/traversals.png"
+    figure = trained / "runs/quickstart/figures/traversals.png"
     figure.unlink()
-    result = tvae("traverse runs/quickstart", path)
-    assert result.returncode == 0, result.stderr
+    assert tvae("traverse runs/quickstart") == 0
     assert figure.exists()
 
 
-def test_options_reach_the_configuration(trained, tmp_path):
-    result = tvae(f"train sprites-vae {TINY} --run-dir here --seed 4 --learning-rate 3e-5", tmp_path)
-    assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "here/config.json").read_text())
-    assert (config["model"], config["seed"], config["learning_rate"], config["capsules"]) == ("vae", 4, 3e-5, 2)
+def test_options_reach_the_configuration():
+    assert tvae(f"train sprites-vae {TINY} --run-dir here --seed 4 --learning-rate 3e-5") == 0
+    config = json.loads(Path("here/config.json").read_text())
+    assert config["model"] == {
+        "name": "vae",
+        "capsules": 2,
+        "capsule_dim": 15,
+        "likelihood": "bernoulli",
+        "weights": "free",
+    }
+    assert (config["training"]["seed"], config["training"]["learning_rate"]) == (4, 3e-5)
+    assert config["evaluation"] == {"sequences": 8, "importance_samples": 2}
 
 
-def test_resuming_a_finished_run_reports_it_again(trained):
-    path, _ = trained
-    result = tvae("train --resume runs/quickstart", path)
-    assert result.returncode == 0, result.stderr
-    assert "ELBO" in result.stdout
+def test_resuming_a_finished_run_reports_it_again(trained, capsys):
+    assert tvae("train --resume runs/quickstart") == 0
+    assert "ELBO" in capsys.readouterr().out
 
 
-def test_presets_and_targets_are_listed_whole_on_100_columns(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    result = tvae("presets", tmp_path)
-    assert result.returncode == 0
-    words = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+def test_an_existing_run_is_never_overwritten(trained, capsys):
+    model = trained / "runs/quickstart/model.safetensors"
+    before = model.read_bytes()
+    assert tvae(f"train {TINY}") == 1
+    assert "runs/quickstart exists already" in error(capsys)
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_resume(number, status, monkeypatch, capsys):
+    seed_noise = loop.seed_noise
+
+    def press(seed, step):
+        seed_noise(seed, step)
+        if step == 1:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "seed_noise", press)
+        assert tvae(f"train {TINY}") == status
+    assert "Continue with: tvae train --resume runs/quickstart" in capsys.readouterr().out
+    assert not Path("runs/quickstart/model.safetensors").exists()
+    for command in ("evaluate", "traverse"):
+        assert tvae(f"{command} runs/quickstart") == 1
+        assert "holds no trained model yet: finish it with `tvae train --resume" in error(capsys)
+    assert tvae("train --resume runs/quickstart") == 0
+    assert Path("runs/quickstart/model.safetensors").exists()
+
+
+def test_ctrl_c_outside_of_training_is_one_line(monkeypatch, capsys):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Presets, "run", press)
+    assert tvae("presets") == 130
+    assert capsys.readouterr().err == "tvae: interrupted\n"
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_printed_as_it_is(capsys):
+    """Brackets are no markup, of which `[/x]` would be an error."""
+    assert tvae(f"train sprites-vae {TINY} --run-dir 'runs/x[seed0][/x]'") == 0
+    printed = capsys.readouterr().out
+    assert "runs/x[seed0][/x]: 8 test sequences" in printed
+    assert "capsule traversals: runs/x[seed0][/x]/figures/traversals.png" in printed.splitlines()
+    assert tvae("evaluate 'runs/x[seed0][/x]'") == 0
+    assert "runs/x[seed0][/x]: 8 test sequences" in capsys.readouterr().out
+    assert tvae(f"train sprites-vae {TINY} --run-dir 'runs/x[seed0][/x]'") == 1
+    assert "runs/x[seed0][/x] exists already" in error(capsys)
+
+
+def test_a_path_of_an_interrupted_run_is_printed_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(loop, "seed_noise", lambda seed, step: signal.raise_signal(signal.SIGINT))
+    assert tvae(f"train sprites-vae {TINY} --run-dir '[red]x[/x]'") == 130
+    assert "Continue with: tvae train --resume [red]x[/x]" in capsys.readouterr().out
+
+
+def test_home_is_expanded_where_the_shell_does_not(folder, mnist_dir, capsys):
+    home = folder / "home"
+    shutil.copytree(mnist_dir, home / "files")
+    assert tvae(f"train mnist-vae {TINY} --evaluation-sequences 64 --data-dir=~/files --run-dir=~/x") == 0
+    assert json.loads((home / "x/config.json").read_text())["data"]["folder"] == str(home / "files")
+    for words in ("train --resume=~/x", "evaluate ~/x --data-dir=~/files", "traverse ~/x"):
+        assert tvae(words) == 0
+    assert not (folder / "~").exists()
+
+
+# --- lists and help ---------------------------------------------------------------------------------------------------
+
+
+def test_presets_and_targets_are_listed_whole_on_100_columns(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console(width=100))
+    assert tvae("presets") == 0
+    words = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert set(PRESETS) <= set(words)
     assert words["mnist-tvae-w5-k3"].split()[1:] == ["TVAE,", "L=5/36,", "K=3", "table1,", "fig8,", "covariance"]
-    result = tvae("reproduce", tmp_path)
-    assert {line.split()[0] for line in result.stdout.splitlines()[1:]} >= set(EXHIBITS)
+    assert tvae("reproduce") == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} >= set(EXHIBITS)
 
 
-def test_reproduce_writes_a_table_and_a_figure_and_fills_a_page(mnist_dir, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("<!-- reproduce: fig1 -->\n<!-- end -->\n")
-    script = (
-        "import sys; from dataclasses import replace; from tvae import cli, presets\n"
-        "name = 'mnist-rotation-hue-tvae-w13-k3'; preset = presets.PRESETS[name]\n"
-        "config = replace(preset.config, evaluation_sequences=16, importance_samples=2, batch_size=8)\n"
-        "presets.PRESETS[name] = replace(preset, config=config); sys.exit(cli.main(sys.argv[1:]))"
+def test_version(capsys):
+    assert tvae("--version") == 0
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert capsys.readouterr().out == (
+        f"tvae-kernels {version('tvae-kernels')}, torch {torch.__version__}, Python {python}\n"
     )
-    arguments = f"reproduce fig1 --budget 2 --jobs 1 --data-dir {mnist_dir} --page page.md --output out"
-    command = [sys.executable, "-W", "error", "-c", script, *arguments.split()]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"fig1.md", "fig1.csv", "fig1.json", "fig1.png"}
-    assert (tmp_path / "runs/reproduce/mnist-rotation-hue-tvae-w13-k3/2-steps/seed-0/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("arguments", ["", "--help", "-h", "help"])
+def test_help_names_every_command(arguments, capsys):
+    assert tvae(arguments) == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"• {command} " in text
+    for line in ("`tvae COMMAND --help` lists", "`tvae train PRESET --help` lists", "--tyro-print-completion bash"):
+        assert line in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command, capsys):
+    assert tvae(f"help {command}") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: tvae {command} [-h]")
+    assert tvae(f"{command} --help") == 0
+    assert capsys.readouterr().out == text
+
+
+OPTIONS = {
+    "vae": {"--capsules", "--capsule-dim", "--likelihood", "--weights"},
+    "tvae": {"--mu-init", "--window", "--told-axis", "--time-window", "--capsule-window", "--shift", "--roots"},
+}
+OPTIONS["bubblevae"] = OPTIONS["tvae"]
+COMMON = {"--run-dir", "--model", "--data", "--evaluation-data", "--data-dir", "--learning-rate", "--steps", "--seed"}
+COMMON |= {"--optimizer", "--momentum", "--batch-size", "--precision", "--device", "--step"}
+COMMON |= {"--evaluation-sequences", "--importance-samples", "--help"}
+
+
+def options(text):
+    return set(re.findall(r"(?<=[ ,])--[a-z][a-z-]+", text)) - {"--no-told-axis"}
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ("quickstart", "tvae"),
+        ("sprites-vae", "vae"),
+        ("sprites-bubblevae-w10-k10", "bubblevae"),
+        ("quickstart --model vae", "vae"),
+        ("sprites-vae --model=tvae", "tvae"),
+    ],
+)
+def test_help_lists_the_options_of_the_presets_model_alone(words, model, capsys):
+    assert tvae(f"train {words} --help") == 0
+    text = capsys.readouterr().out
+    found = options(text)
+    assert found >= COMMON | OPTIONS["vae"] | OPTIONS[model]
+    if model == "vae":
+        assert found == COMMON | OPTIONS["vae"]
+    assert f"{', '.join(MODELS)}; default: {model}" in " ".join(text.replace("│", " ").split())
+
+
+def test_help_and_mistakes_are_printed_where_only_ascii_is(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    for command in COMMANDS:
+        assert tvae(f"{command} --help") == 0
+    assert tvae("train sprites-vae --learning-rat 1") == 2
+    assert tvae("presets") == 0
+    assert "--learning-rate FLOAT" in out.buffer.getvalue().decode("ascii")
+    (line,) = err.buffer.getvalue().decode("ascii").splitlines()
+    assert line == (
+        "tvae: error: unrecognized options: --learning-rat, 1; Perhaps you meant: --learning-rate FLOAT Step size, for "
+        "the ELBO in nats a frame. (default: 0.0001) in tvae train --help"
+    )
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_a_mistake_on_a_terminal_is_one_line_too(monkeypatch):
+    err = Terminal()
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", err)
+    assert tvae("train --steps x") == 2
+    assert err.getvalue() == (
+        "tvae: error: --steps: invalid literal for int() with base 10: 'x'; Argument helptext: --steps "
+        "INT Batches to train on. (default: 1400)\n"
+    )
+
+
+def test_completion_of_the_shell(capsys):
+    assert tvae("--tyro-print-completion bash") == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "--run-dir", "--learning-rate"):
+        assert word in script
+
+
+def test_another_model_keeps_the_presets_settings_that_it_has():
+    assert tvae(f"train sprites-tvae-w5-k1-normalised --model vae {TINY}") == 0
+    model = load("runs/sprites-tvae-w5-k1-normalised/model.safetensors")
+    assert type(model) is MODELS["vae"]
+    assert model.settings == MODELS["vae"].Settings(2, 15, weights="normalised")
+    assert tvae(f"train sprites-vae --model tvae --time-window 5 --mu-init 10 {TINY}") == 0
+    model = load("runs/sprites-vae/model.safetensors")
+    assert type(model) is MODELS["tvae"]
+    assert (model.settings.neighborhood.time_window, model.settings.mu_init) == (5, 10)
+
+
+# --- reproduce --------------------------------------------------------------------------------------------------------
+
+
+def test_reproduce_writes_a_table_and_a_figure_and_fills_a_page(mnist_dir, folder, monkeypatch, capsys):
+    home = folder / "home"
+    home.mkdir()
+    page = home / "page.md"
+    page.write_text("<!-- reproduce: fig1 -->\n<!-- end -->\n")
+    name = "mnist-rotation-hue-tvae-w13-k3"
+    config = PRESETS[name].config
+    small = replace(config, evaluation=replace(config.evaluation, sequences=16, importance_samples=2))
+    monkeypatch.setitem(presets.PRESETS, name, replace(PRESETS[name], config=small))
+    arguments = "--page=~/page.md --output=~/out --runs=~/runs"
+    assert tvae(f"reproduce fig1 --budget 2 --jobs 1 --data-dir {mnist_dir} {arguments}") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "E_eq" in captured.out
+    files = [f"fig1.{ending}" for ending in ("md", "csv", "json", "png")]
+    assert captured.out.splitlines()[-1].split() == [str(home / "out" / file) for file in files]
+    assert {file.name for file in (home / "out").iterdir()} == set(files)
+    assert (home / "runs" / name / "2-steps/seed-0/model.safetensors").exists()
     assert "![Fig. 1: a capsule traversal" in page.read_text()
     assert "](out/fig1.png)" in page.read_text()
     assert "(reduced budget: 2 of 600,000 training steps)" in page.read_text()
+    assert {file.name for file in folder.iterdir()} == {"home"}
 
 
 def test_the_page_of_the_reproduction_has_blocks_for_targets_alone_and_shows_the_committed_tables():
@@ -128,85 +387,100 @@ def test_the_page_of_the_reproduction_has_blocks_for_targets_alone_and_shows_the
         assert text.endswith(f"{table.read_text(encoding='utf-8')}\n") if table.exists() else text == ""
 
 
-def test_help_names_every_command(tmp_path):
-    for arguments in ("", "--help"):
-        result = tvae(arguments, tmp_path)
-        assert result.returncode == 0
-        for command in ("train", "evaluate", "traverse", "reproduce", "presets"):
-            assert f"tvae {command}" in result.stdout
-    assert "--learning-rate" in tvae("train mnist-vae --help", tmp_path).stdout
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+WRONG_WORDS = [
+    (
+        "trian",
+        "unknown command 'trian', did you mean train?; choose from train, evaluate, traverse, reproduce, presets",
+    ),
+    ("xyz", "unknown command 'xyz'; choose from train, evaluate, traverse, reproduce, presets"),
+    ("help trian", "unknown command 'trian', did you mean train?"),
+    ("--verson", "unrecognized options: --verson"),
+    ("train no-such", "unknown preset 'no-such'; `tvae presets` lists them"),
+    ("train quikstart", "unknown preset 'quikstart', did you mean quickstart?; `tvae presets` lists them"),
+    ("train mnist-vea", "did you mean mnist-vae?"),
+    ("train --steps 3 sprites-vae", "write the preset before the options: tvae train sprites-vae ..."),
+    ("train quickstart sprites-vae", "unrecognized options: sprites-vae"),
+    ("train --learning-rat 1", "unrecognized options: --learning-rat, 1; Perhaps you meant: --learning-rate FLOAT"),
+    ("train sprites-vae --time-window 5", "unrecognized options: --time-window, 5"),
+    ("train quickstart --model vae --time-window 5", "unrecognized options: --time-window, 5"),
+    ("train --model tave", "unknown model 'tave', did you mean tvae?; choose from tvae, bubblevae, vae"),
+    ("train --model", "unknown model ''; choose from tvae, bubblevae, vae"),
+    ("train --resume", "missing value for argument '--resume'"),
+    ("evaluate", "missing from tvae evaluate: RUN Directory of the run. (required)"),
+    ("evaluate a b", "unrecognized options: b"),
+    ("presets please", "unrecognized options: please"),
+    ("reproduce table9", "unknown target 'table9', did you mean table5?; choose from table1, table2"),
+    ("reproduce xyz", "unknown target 'xyz'; choose from table1, table2"),
+]
+WRONG_VALUES = [
+    ("train --time-window 16", "a circular time_window of 16 does not fit 15 time steps"),
+    ("train --capsule-window 16", "a circular capsule_window of 16 does not fit 15 positions in a capsule"),
+    ("train sprites-bubblevae-w10-k10 --shift 1", "needs shift 0, got 1"),
+    ("train --steps 0", "steps: input should be greater than or equal to 1, got 0"),
+    ("train --steps three", "--steps: invalid literal for int() with base 10: 'three'"),
+    ("train --seed -1", "seed: input should be greater than or equal to 0, got -1"),
+    ("train --learning-rate nan", "learning_rate: input should be a finite number, got nan"),
+    ("train --batch-size 1000000", "batch_size must be between 1 and the 50625 examples"),
+    ("train --data sprits", "no data 'sprits' is registered, only sprites, sprites-shifts"),
+    (
+        "train mnist-vae --evaluation-data sprites",
+        "a model of mnist images, (3, 28, 28), cannot be evaluated on sprites",
+    ),
+    ("train --device gpu", "invalid choice 'gpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')."),
+    ("train --step graph --device cpu", "--step graph needs a GPU, got the device cpu"),
+    ("train --precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU of compute capability 8.0"),
+    ("reproduce table2 --budget 0", "--budget must be small, full, a fraction"),
+    ("reproduce table2 --seeds 0", "--seeds must be at least 1, got 0"),
+    ("reproduce table2 --jobs 0", "--jobs must be at least 1, got 0"),
+    (
+        "reproduce table2 --page nowhere.md",
+        "nowhere.md has no block for the result: the lines <!-- reproduce: table2 --> and <!-- end -->",
+    ),
+]
+MISSING_FILES = [
+    ("train mnist-vae --data-dir nowhere", "nowhere/MNIST/raw"),
+    ("train dsprites-vae --data-dir nowhere", "nowhere; pass --data-dir with the folder that holds it"),
+    ("train --resume nowhere", "nowhere is not a run directory"),
+    ("evaluate nowhere", "nowhere is not a run directory"),
+    ("traverse nowhere", "nowhere is not a run directory"),
+    ("reproduce table1 --data-dir nowhere", "nowhere/MNIST/raw"),
+    ("reproduce table2 --data dsprites --data-dir nowhere", "nowhere; pass --data-dir with the folder that holds it"),
+]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        ("trian", "unknown command 'trian'; choose from train, evaluate, traverse, reproduce, presets"),
-        ("train no-such", "unknown preset 'no-such'; `tvae presets` lists them"),
-        ("train --time-window 16", "a circular time_window of 16 does not fit 15 time steps"),
-        ("train --capsule-window 16", "a circular capsule_window of 16 does not fit 15 positions in a capsule"),
-        ("train mnist-vae --data-dir nowhere", "nowhere"),
-        ("train dsprites-vae --data-dir nowhere", "nowhere"),
-        ("train sprites-vae --time-window 5", "a VAE has no topography"),
-        ("train sprites-bubblevae-w10-k10 --shift 1", "needs shift 0, got 1"),
-        ("train --steps 0", "steps must be at least 1, got 0"),
-        ("train --batch-size 1000000", "batch_size must be between 1 and the 50625 examples"),
-        ("train --step graph --device cpu", "--step graph needs a GPU, got the device cpu"),
-        ("train --precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU of compute capability 8.0"),
-        ("train --resume nowhere", "nowhere is not a run directory"),
-        ("evaluate nowhere", "nowhere is not a run directory"),
-        ("traverse nowhere", "nowhere is not a run directory"),
-        ("presets please", "takes no arguments"),
-        ("train mnist-vae --evaluation-data sprites", "a model of mnist images cannot be evaluated on sprites"),
-        ("reproduce table9", "unknown target 'table9'; choose from table1, table2"),
-        ("reproduce table1 --data-dir nowhere", "nowhere"),
-        ("reproduce table2 --data dsprites --data-dir nowhere", "nowhere"),
-        ("reproduce table2 --budget 0", "--budget must be small, full, a fraction"),
-        ("reproduce table2 --seeds 0", "--seeds must be at least 1, got 0"),
-        (
-            "reproduce table2 --page nowhere.md",
-            "nowhere.md has no block for the result: the lines <!-- reproduce: table2",
-        ),
-        ("reproduce table2 --jobs 0", "--jobs must be at least 1, got 0"),
+        *((*mistake, 2) for mistake in WRONG_WORDS),
+        *((*mistake, 2) for mistake in WRONG_VALUES),
+        *((*mistake, 1) for mistake in MISSING_FILES),
     ],
 )
-def test_a_mistake_gives_one_clear_error_and_leaves_nothing_behind(arguments, message, tmp_path):
-    result = tvae(arguments, tmp_path)
-    assert result.returncode != 0
-    assert message in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_mistake_gives_one_clear_error_and_leaves_nothing_behind(arguments, message, status, folder, capsys):
+    assert tvae(arguments) == status
+    assert message in error(capsys)
+    assert list(folder.iterdir()) == []
 
 
-def test_an_unknown_option_is_refused(tmp_path):
-    result = tvae("train --learning-rat 1", tmp_path)
-    assert result.returncode == 2
-    assert "--learning-rat" in result.stdout + result.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_missing_is_a_wrong_value(folder, capsys):
+    assert tvae("train --device cuda") == 2
+    assert "--device cuda was asked for, but PyTorch finds no such device" in error(capsys)
+    assert list(folder.iterdir()) == []
 
 
-def test_an_existing_run_is_never_overwritten(trained):
-    path, _ = trained
-    model = path / "runs/quickstart/model.safetensors"
-    before = model.read_bytes()
-    result = tvae(f"train {TINY}", path)
-    assert result.returncode == 1
-    assert "runs/quickstart exists already" in result.stderr
-    assert model.read_bytes() == before
+@pytest.mark.parametrize("command", ["evaluate", "traverse", "train --resume"])
+def test_a_damaged_run_is_no_fault_of_the_words(command, trained, capsys):
+    (trained / "runs/quickstart/config.json").write_text("{}")
+    assert tvae(f"{command} runs/quickstart") == 1
+    assert "runs/quickstart/config.json" in error(capsys)
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_ctrl_c_and_sigterm_save_and_say_how_to_resume(name, status, tmp_path):
-    script = (
-        "import os, signal, sys; from tvae import cli, training; noise = training.seed_noise\n"
-        "def press(seed, step):\n"
-        "    noise(seed, step)\n"
-        f"    step == 1 and os.kill(os.getpid(), signal.{name})\n"
-        "training.seed_noise = press; sys.exit(cli.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, "train", *TINY.split()]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == status
-    assert "Continue with: tvae train --resume runs/quickstart" in result.stdout
-    resumed = tvae("train --resume runs/quickstart", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert (tmp_path / "runs/quickstart/model.safetensors").exists()
+def test_torchrun_is_for_training_alone(monkeypatch, capsys):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, str(value))
+    assert tvae("presets") == 2
+    assert error(capsys) == "torchrun is for `tvae train` alone; run `tvae presets` without it"

@@ -5,15 +5,17 @@ import pytest
 import torch
 
 from tvae import TVAE, VAE
-from tvae.data import SequenceBatch, SequenceStream, SpriteSequences, open_source
+from tvae.data import SequenceBatch, SequenceSource, SequenceStream, open_source
+from tvae.data.sprites import SpriteSequences
 from tvae.figures import (
+    FIGURE_SEED,
     Panel,
     Series,
     _some_of_each,
     capcorr_against_coherence,
     covariance,
     draw_panels,
-    frames_seen,
+    portrait,
     squared_activation_correlation,
     torus_map,
     traversal_panels,
@@ -21,25 +23,6 @@ from tvae.figures import (
     within_and_between,
 )
 from tvae_kernels import Neighborhood
-
-
-@pytest.mark.parametrize(
-    ("neighborhood", "seen"),
-    [
-        (Neighborhood(1), [0]),
-        (Neighborhood(4), [0, 1, 2, 7]),  # taps -1 … 2
-        (Neighborhood(4, time_boundary="zero"), [0, 1, 2]),
-        (Neighborhood(3, causal=True), [0, 6, 7]),
-        (Neighborhood(8), list(range(8))),
-    ],
-)
-def test_t0_sees_the_frames_of_its_window(neighborhood, seen):
-    model = TVAE((1, 2, 2), 1, 8, neighborhood)
-    assert frames_seen(model, 8).nonzero().flatten().tolist() == seen
-
-
-def test_without_topography_t0_sees_frame_0_alone():
-    assert frames_seen(VAE((1, 2, 2), 1, 8), 8).nonzero().flatten().tolist() == [0]
 
 
 def frames(axes, rows, steps):
@@ -60,13 +43,13 @@ def test_rows_are_input_reconstruction_and_traversal_of_every_transformation():
     assert [panel.get_title(loc="left") for panel in panels] == ["scale", "orientation", "x", "y"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["input", "reconstruction", "Roll$_l(t_0)$"]
     shown = torch.stack([frames(panel, 3, 15) for panel in panels])
-    seen = frames_seen(model, 15)
+    seen = model.frames_seen(15)
     images = torch.where(seen[:, None, None], shown[:, 0], 1 - (1 - shown[:, 0]) / 0.25).float()  # undo the grey
     assert set(images.unique().tolist()) == {0.0, 1.0}
-    x = images[:, :, None]
+    batch = SequenceBatch(images[:, :, None])
     with torch.no_grad():
-        torch.testing.assert_close(shown[:, 1].float(), model.reconstruct(x)[:, :, 0])
-        torch.testing.assert_close(shown[:, 2].float(), model.traverse(x)[:, :, 0])
+        torch.testing.assert_close(shown[:, 1].float(), model.reconstruct(batch)[:, :, 0])
+        torch.testing.assert_close(shown[:, 2].float(), model.traverse(batch)[:, :, 0])
 
 
 def test_a_grid_shows_every_transformation_and_shape_evenly_in_two_columns():
@@ -94,6 +77,34 @@ def test_panels_of_different_lengths_have_frames_of_one_size():
     assert boxes[0].x1 < boxes[1].x0
 
 
+class Noise(SequenceSource):
+    """Colour images of noise, of which nothing else is known."""
+
+    name = "noise"
+    image_shape = (3, 4, 4)
+    sequence_length = 5
+
+    def __len__(self):
+        return 6
+
+    def render(self, examples, factors):
+        assert factors.shape == (len(examples), 5, 0)
+        return torch.rand(len(examples), 5, *self.image_shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_of_a_source_without_factors_sequences_of_one_kind_are_shown():
+    source = Noise()
+    model = VAE(source.image_shape, 1, 5)
+    panels = traversal_panels(model, source, each=2, title="noise")
+    assert [panel.title for panel in panels] == ["noise", "noise"]
+    batch = SequenceStream(source, 6, FIGURE_SEED)[0].select([0, 1])
+    images = torch.stack([panel.images for panel in panels])
+    torch.testing.assert_close(images[:, 0, 0], batch.images[:, 0].movedim(1, -1))
+    with torch.no_grad():
+        torch.testing.assert_close(images[:, 1], model.reconstruct(batch).movedim(2, -1))
+    assert len(traversals(model, source).axes) == 1
+
+
 def test_squared_activations_correlate_as_numpy_says():
     source = SpriteSequences()
     torch.manual_seed(0)
@@ -103,7 +114,7 @@ def test_squared_activations_correlate_as_numpy_says():
     correlation = squared_activation_correlation(model, batches)
     torch.manual_seed(5)
     with torch.no_grad():
-        t = torch.cat([model.encode(batch.images) for batch in batches])
+        t = torch.cat([model.encode(batch) for batch in batches])
     expected = np.corrcoef((t.double() ** 2).flatten(0, 1).flatten(1).T.numpy())
     # squares were rounded to float32: 6e-8 of each, which the coefficients of 120 frames do not enlarge much
     np.testing.assert_allclose(correlation.flatten(2).flatten(0, 1), expected, atol=1e-5)
@@ -139,12 +150,12 @@ def test_the_torus_shows_the_image_that_activates_each_variable_most():
     model = TVAE((1, 2, 2), 1, 6, Neighborhood(axes=(2, 3)))
     images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 2, 2)
     activations = {0.25: [1.0, 1, 1, 0, 0, 0], 0.75: [0.0, 0, 0, 1, 1, 1]}
-    model.encode = lambda x, sample: torch.tensor([[[activations[float(i[0, 0, 0, 0])]]] for i in x])
-    batches = [SequenceBatch(image[None], torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(1)) for image in images]
+    model.encode = lambda batch, sample: torch.tensor([[[activations[float(i[0, 0, 0, 0])]]] for i in batch.images])
+    batches = [SequenceBatch(image[None]) for image in images]
     for order in (
         batches,
         batches[::-1],
-        [SequenceBatch(images, torch.zeros(2, 1, 1), torch.zeros(2), torch.zeros(2))],
+        [SequenceBatch(images)],
     ):
         (shown,) = torus_map(model, order).axes[0].get_images()
         tiles = shown.get_array()
@@ -154,17 +165,28 @@ def test_the_torus_shows_the_image_that_activates_each_variable_most():
 
 
 def test_a_torus_needs_still_images_and_two_axes():
-    still = SequenceBatch(torch.rand(1, 1, 1, 2, 2), torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(1))
-    moving = SequenceBatch(torch.rand(1, 3, 1, 2, 2), torch.zeros(1, 3, 1), torch.zeros(1), torch.zeros(1))
+    still = SequenceBatch(torch.rand(1, 1, 1, 2, 2))
+    moving = SequenceBatch(torch.rand(1, 3, 1, 2, 2))
     with pytest.raises(ValueError, match="of a single capsule of two axes, got 2 of Neighborhood"):
         torus_map(TVAE((1, 2, 2), 2, 6, Neighborhood(axes=(2, 3))), [still])
     with pytest.raises(ValueError, match="of still images, got sequences of 3 frames"):
         torus_map(TVAE((1, 2, 2), 1, 6, Neighborhood(axes=(2, 3))), [moving])
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_capsules_with_a_root_for_each_axis_are_rolled_along_each(told):
-    model = TVAE((1, 64, 64), 1, 6, Neighborhood(2, 1, axes=(2, 3), roots="each axis"), told_axis=told)
+def test_the_portrait_of_a_model_is_of_what_it_does(mnist_dir):
+    source = open_source("mnist-still", "test", mnist_dir)
+    model = TVAE(source.image_shape, 1, 6, Neighborhood(1, (1, 2), axes=(2, 3)))
+    name, figure = portrait(model, source, batch_size=10)
+    assert name == "torus"
+    (shown,) = figure.axes[0].get_images()
+    assert shown.get_array().shape == (2 * 29, 3 * 29)
+    name, figure = portrait(VAE((1, 64, 64), 1, 15), SpriteSequences(), batch_size=10)
+    assert (name, len(figure.axes)) == ("traversals", 4)
+
+
+@pytest.mark.parametrize("told_axis", [False, True])
+def test_capsules_with_a_root_for_each_axis_are_rolled_along_each(told_axis):
+    model = TVAE((1, 64, 64), 1, 6, Neighborhood(2, 1, axes=(2, 3), roots="each axis"), told_axis=told_axis)
     panels = traversal_panels(model, open_source("sprites-shifts", "test"))
     assert [panel.title for panel in panels] == ["x", "y"]
     for panel in panels:

@@ -6,10 +6,12 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from tvae import sprites
+from tvae.data import Factor, SequenceStream, open_source, sprites
+from tvae.data.sprites import SpriteSequences, SpriteShifts
 
 MASTERS = list(itertools.product(range(3), range(5), range(15)))
 
@@ -74,7 +76,9 @@ def test_every_sprite_lies_inside_the_image_at_every_position(canvases):
     assert area.min() > 150
     poses = torch.cartesian_prod(*map(torch.arange, (3, 5, 15, 15, 15))).view(3, 5, 15, 15, 15, 5)
     for column in poses.unbind(3):
-        areas = sprites.cut_frames(canvases, column).sum((-1, -2))
+        frames = sprites.cut_frames(canvases, column)
+        # Eight pixels are added at a time: 64 rows of zeros and ones fit the bytes of an integer.
+        areas = frames.view(torch.int64).sum(-2).view(torch.uint8).sum(-1)
         assert torch.equal(areas, area[..., None].expand_as(areas))
 
 
@@ -95,3 +99,57 @@ def test_orientation_is_counter_clockwise(canvases):
     heights = sprites.cut_frames(canvases, torch.tensor([2, 4, 5, 7, 7])).sum(0)
     heights = heights[heights > 0]
     assert heights[-1] <= 3 < heights[0]
+
+
+def test_sprite_factors():
+    """As in the files of dSprites: 6 scales, 40 orientations around the circle, 32 positions from 0 to 1."""
+    shape, scale, orientation, x, y = SpriteSequences.factors
+    assert shape == Factor("shape", (0, 1, 2), transforms=False)
+    assert [factor.name for factor in (scale, orientation, x, y)] == ["scale", "orientation", "x", "y"]
+    assert scale.values == pytest.approx(np.linspace(0.5, 1, 6)[1:6])
+    assert orientation.values == pytest.approx(np.linspace(0, 2 * np.pi, 40)[:30:2])
+    assert x.values == y.values == pytest.approx(np.linspace(0, 1, 32)[:30:2])
+
+
+def test_shape_never_advances():
+    source = SpriteSequences()
+    assert source.transformations == {1: "scale", 2: "orientation", 3: "x", 4: "y"}
+
+
+def test_sprite_examples_are_their_start_poses():
+    source = SpriteSequences()
+    assert len(source) == 50_625
+    poses = source.start_poses(torch.arange(50_625), torch.Generator())
+    assert torch.equal(poses, torch.cartesian_prod(*map(torch.arange, (3, 5, 15, 15, 15))))
+
+
+def test_sprite_sequences_equal_frames_cut_one_by_one():
+    source = SpriteSequences()
+    images, factors, *_ = SequenceStream(source, batch_size=16, seed=5)[2]
+    canvases = sprites.draw_canvases()
+    for sequence, poses in zip(images, factors.tolist(), strict=True):
+        for image, (shape, scale, orientation, x, y) in zip(sequence, poses, strict=True):
+            top, left = 28 - 2 * y, 28 - 2 * x
+            window = canvases[shape, scale, orientation, top : top + 64, left : left + 64]
+            assert torch.equal(image[0], window.float())
+
+
+def test_sprites_that_shift_do_nothing_else():
+    source = open_source("sprites-shifts", "train")
+    assert list(source.transformations.values()) == ["x", "y"]
+    batch = SequenceStream(source, 32, seed=0)[0]
+    assert set(batch.transformation.tolist()) == set(source.transformations)
+    still = batch.factors[:, 1:] == batch.factors[:, :1]
+    assert still[:, :, :3].all()  # shape, scale and orientation
+    assert not still[:, :, 3:].all(2).any()
+    assert torch.equal(batch.axis == 1, batch.transformation == 4)  # of y; 0 is that of x
+    assert torch.equal(source.axis(torch.tensor([4, 3])), torch.tensor([1, 0]))
+
+
+def test_the_label_of_a_sprite_is_its_shape():
+    for source in (SpriteSequences(), SpriteShifts()):
+        batch = SequenceStream(source, 32, seed=0)[0]
+        assert source.classes == ("square", "ellipse", "heart")
+        assert torch.equal(batch.label[:, None].expand(-1, 15), batch.factors[:, :, 0])
+        assert set(batch.label.tolist()) == {0, 1, 2}
+    assert [shape.__name__ for shape in sprites.SHAPES] == [*SpriteSequences.classes]

@@ -1,11 +1,22 @@
-"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse`, `tvae reproduce` and `tvae presets`."""
+"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse`, `tvae reproduce` and `tvae presets`.
+
+A file of one's own that registers models, sources, metrics or presets ends with `sys.exit(main())` and is then this
+command line with all of these: `python mine.py train ...`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import io
+import math
+import re
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
 import torch
 import tyro
@@ -13,76 +24,161 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
-from .data import DataError, DSpritesSequences, SequenceStream
-from .paper import EXHIBITS, shown_in
-from .presets import CACHE, DEFAULT_PRESET, PRESETS, Config, StepKind, check_machine
-from .processes import Launched, disconnect
-from .run import Run, RunError
+from .config import Config, Sources, StepKind, check_machine, choices
+from .data import CACHE, DataError, FixedSequences, SequenceStream
+from .data.dsprites import DSpritesSequences
+from .models import MODELS, ModelSettings, SequenceModel, find
+from .presets import DEFAULT_PRESET, PRESETS
+from .progress import progress
+from .training.processes import Launched, disconnect, find_device
+from .training.run import Run, RunError
 
 # training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
 
-USAGE = """\
+DESCRIPTION = """\
 Topographic VAEs: train them, measure how equivariant their capsules are, look at capsule traversals.
 
-  tvae train [PRESET] [--option ...]   train a model; `tvae train PRESET --help` lists the options
-  tvae train --resume RUN              continue an interrupted run
-  tvae evaluate RUN                    print the metrics of a trained model beside their chance levels
-  tvae traverse RUN                    draw the capsule traversals of a trained model
-  tvae reproduce TARGET                make a table or figure of the paper again; without TARGET, list them
-  tvae presets                         list the presets
-"""
+`tvae COMMAND --help` lists the options of a command.
 
+`tvae train PRESET --help` lists those of a preset's model.
+
+`tvae --tyro-print-completion bash` prints completions for the shell."""
+
+COMMANDS = ("train", "evaluate", "traverse", "reproduce", "presets")
 Device = Literal["auto", "cpu", "cuda"]
 console = Console()
+_FROM_MODELS = choices(MODELS)
+_FROM_PRESETS = lambda default: f"(`tvae presets` lists them; default: {DEFAULT_PRESET})"  # noqa: E731
+
+
+class UsageError(ValueError):
+    """The words of the command line are wrong."""
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class Train:
     """Train a model, evaluate it and draw its capsule traversals."""
 
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET", help_behavior_hint=_FROM_PRESETS)]
+    """Named configuration, whose settings the options change."""
     config: Annotated[Config, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
     run_dir: Path
     """New directory for the run."""
+    model: Annotated[str, tyro.conf.arg(help_behavior_hint=_FROM_MODELS)] = ""
+    """Another model in place of the preset's, with options of its own."""
     device: Device = "auto"
     """Where to train."""
     step: StepKind = "eager"
     """How a step is taken, to the same result within rounding: one operation at a time, the model compiled by
     torch.compile, or the whole step as a CUDA graph, which takes a GPU."""
 
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        config = _with_folder(self.config, self.config.data.folder)
+        with _wrong_values():
+            device = find_device(self.device)
+            check_machine(self.step, config.training.precision, device, Launched.find().count)
+        sources = Sources(config, device)
+        run_dir = self.run_dir.expanduser()
+        if Launched.find().rank == 0:  # the other processes wait for the first one when they connect with it
+            with _wrong_values():
+                _check(config, sources)
+            return _train(Run.create(run_dir, config), sources, self.step)
+        return _train(Run(run_dir, config), sources, self.step)
+
 
 @dataclass(frozen=True)
-class ResumeOptions:
-    """Continue an interrupted run to the same result as an uninterrupted one."""
+class Resume:
+    """Continue an interrupted run to the same result as an uninterrupted one, or a finished one for more steps."""
 
     resume: Path
     """Directory of the run."""
+    steps: int | None = None
+    """Batches to train on in all, if not as many as the run was made for."""
+    data_dir: Path | None = None
+    """Folder of local data files, if not where they were."""
     device: Device = "auto"
     """Where to train."""
     step: StepKind = "eager"
     """How a step is taken, as of a new run."""
 
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        run, device = Run.open(self.resume.expanduser()), find_device(self.device)
+        config = _with_folder(run.config, self.data_dir)
+        if self.steps is not None:
+            config = replace(config, training=replace(config.training, steps=self.steps))
+        check_machine(self.step, config.training.precision, device, Launched.find().count)
+        sources = Sources(config, device)
+        _check(config, sources)
+        if config != run.config and Launched.find().rank == 0:
+            run.change(config)
+        run.config = config
+        return _train(run, sources, self.step)
+
 
 @dataclass(frozen=True)
-class RunOptions:
+class OfRun:
     """Look at a trained run."""
 
-    run: tyro.conf.Positional[Path]
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Directory of the run."""
     data_dir: Path | None = None
     """Folder of local data files, if not the one the run was trained with."""
     device: Device = "auto"
     """Where to compute."""
 
+    def open(self) -> tuple[Run, SequenceModel, Sources]:
+        """Find the run, its model and its sequences."""
+        run, device = Run.open(self.path.expanduser()), find_device(self.device)
+        return run, run.load_model(device), Sources(_with_folder(run.config, self.data_dir), device)
+
 
 @dataclass(frozen=True)
-class ReproduceOptions:
-    """Train what a table or figure of the paper needs, then write the table and draw the figure.
+class Evaluate(OfRun):
+    """Print the metrics of a trained model beside their chance levels."""
 
-    What is finished is not done again, and what was interrupted goes on: give the same command again.
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        return _report(*self.open())
+
+
+@dataclass(frozen=True)
+class Traverse(OfRun):
+    """Draw the capsule traversals of a trained model."""
+
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        _draw(*self.open())
+        return 0
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets."""
+
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        from .paper.exhibits import shown_in
+
+        table = Table(Column("preset", no_wrap=True), "model", "shown in", box=None, pad_edge=False)
+        for name, preset in PRESETS.items():
+            table.add_row(name, preset.description, ", ".join(shown_in(name)))
+        console.print(table)
+        console.print("\nDATA-MODEL-wW-kK[-OPTION]: W frames (the paper's 2L) and K capsule positions in the window.")
+        return 0
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Make a table or figure of the paper again; without TARGET, list them.
+
+    Trains what it needs, then writes the table and draws the figure. What is finished is not done again, and what was
+    interrupted goes on: give the same command again.
     """
 
-    target: tyro.conf.Positional[str]
-    """Table or figure; `tvae reproduce` lists them."""
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")] = ""
+    """Table or figure."""
     budget: str = "full"
     """Training steps: "full" (the paper's), "small" (a quick look: 100 steps, evaluated on 200 sequences), a fraction
     of the paper's steps, or a number of steps."""
@@ -103,29 +199,73 @@ class ReproduceOptions:
     page: Path | None = None
     """Markdown page to include the result in, between the lines <!-- reproduce: TARGET --> and <!-- end -->."""
 
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        from . import figures
+        from .paper import runs, tables
+        from .paper.exhibits import EXHIBITS
+
+        if not self.target:
+            table = Table("target", "what it is", box=None, pad_edge=False)
+            for name, exhibit in EXHIBITS.items():
+                table.add_row(name, exhibit.title)
+            console.print(table)
+            return 0
+        if self.target not in EXHIBITS:
+            known = f"{_similar(self.target, EXHIBITS)}; choose from {', '.join(EXHIBITS)}"
+            raise UsageError(f"unknown target {self.target!r}{known}")
+        if self.jobs is not None and self.jobs < 1:
+            raise UsageError(f"--jobs must be at least 1, got {self.jobs}")
+        data_dir, output = self.data_dir and self.data_dir.expanduser().resolve(), self.output.expanduser()
+        page = self.page and self.page.expanduser()
+        exhibit = EXHIBITS[self.target].with_data(_sprites(self.data, data_dir))
+        with _wrong_values():
+            device = find_device(self.device)
+            if page is not None:
+                tables.read_block(page, self.target)
+            jobs = runs.plan(exhibit.models, self.seeds, self.budget, data_dir, self.runs.expanduser())
+        if not runs.carry_out_all(jobs, device, self.jobs, console):
+            console.print("Interrupted; the state is saved. Go on with the same command.")
+            return 130
+        results = tables.collect(exhibit.title, exhibit.models, jobs)
+        files, picture = tables.write(results, self.target, output), None
+        if exhibit.draw is not None:
+            picture = output / f"{self.target}.png"
+            figures.save(exhibit.draw(results, jobs, device), picture, results.title)
+            files.append(picture)
+        if page is not None:
+            tables.include(page, self.target, files[0], picture)
+        console.print(Markdown(tables.to_markdown(results)))
+        console.print(" ".join(map(str, files)), soft_wrap=True, markup=False)
+        return 0
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    It is 0 done, 1 an error that is explained in one line, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+    It is 0 done, 1 an error that is explained in one line, 2 the same of the words of the command and the values of its
+    options, 130 interrupted by Ctrl-C, 143 by SIGTERM.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "traverse": _traverse,
-        "reproduce": _reproduce,
-        "presets": _presets,
-    }
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # which may be one of ASCII alone
+            stream.reconfigure(errors="replace")
     try:
-        if arguments[0] not in commands:
-            raise ValueError(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}")
-        if arguments[0] != "train" and Launched.find().count > 1:
-            raise ValueError(f"torchrun is for `tvae train` alone; run `tvae {arguments[0]}` without it")
-        return commands[arguments[0]](arguments[1:])
+        if arguments == ["--version"]:
+            print(f"tvae-kernels {version('tvae-kernels')}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+            return 0
+        if not arguments or arguments[0] == "help":  # `tvae help train` is `tvae train --help`
+            arguments = [*arguments[1:], "--help"]
+        if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            known = f"{_similar(arguments[0], COMMANDS)}; choose from {', '.join(COMMANDS)}"
+            raise UsageError(f"unknown command {arguments[0]!r}{known}")
+        command = _parsed(arguments)
+        if not isinstance(command, (Train, Resume)) and Launched.find().count > 1:
+            raise UsageError(f"torchrun is for `tvae train` alone; run `tvae {arguments[0]}` without it")
+        return command.run()
+    except UsageError as error:
+        print(f"tvae: error: {error}", file=sys.stderr)
+        return 2
     except (DataError, RunError, ValueError, OSError) as error:
         print(f"tvae: error: {error}", file=sys.stderr)
         return 1
@@ -134,165 +274,166 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _train(arguments: list[str]) -> int:
-    if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        options = tyro.cli(ResumeOptions, args=arguments, prog="tvae train")
-        run, device = Run.open(options.resume), _device(options.device)
-    else:
-        named = bool(arguments) and not arguments[0].startswith("-")
-        preset = arguments[0] if named else DEFAULT_PRESET
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}; `tvae presets` lists them")
-        default = TrainOptions(PRESETS[preset].config, run_dir=Path("runs") / preset)
-        options = tyro.cli(TrainOptions, args=arguments[named:], default=default, prog=f"tvae train {preset}")
-        device = _device(options.device)
-        check_machine(options.step, options.config.precision, device, Launched.find().count)
-        run = _new_run(options)
+def _parsed(arguments: list[str]) -> Train | Resume | Evaluate | Traverse | Reproduce | Presets:
+    """Make the command that the words name.
+
+    Raises:
+        UsageError: they name none; in one line, where tyro draws a box.
+        SystemExit: help was asked for, and printed.
+
+    """
+    training = Resume if _option("--resume", arguments) is not None else Train
+    default = _defaults(arguments[1:]) if training is Train and arguments[0] == "train" else None
+    first = tyro.conf.subcommand("train") if default is None else tyro.conf.subcommand("train", default=default)
+    commands = Union[  # noqa: UP007 - not made of classes alone
+        Annotated[training, first],
+        Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Traverse, tyro.conf.subcommand("traverse")],
+        Annotated[Reproduce, tyro.conf.subcommand("reproduce")],
+        Annotated[Presets, tyro.conf.subcommand("presets")],
+    ]
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            command = tyro.cli(commands, args=arguments, prog="tvae", description=DESCRIPTION)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(_unboxed(box.getvalue())) from None
+    if default is not None and command.preset != default.preset:  # whose options these are
+        raise UsageError(f"write the preset before the options: tvae train {command.preset} ...")
+    return command
+
+
+def _defaults(arguments: list[str]) -> Train:
+    """Return what `tvae train` does with the preset and the model that the words name, and no other options."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}{_similar(name, PRESETS)}; `tvae presets` lists them")
+    config, model = PRESETS[name].config, _option("--model", arguments)
+    if model is not None:
+        if model not in MODELS:
+            raise UsageError(f"unknown model {model!r}{_similar(model, MODELS)}; choose from {', '.join(MODELS)}")
+        config = replace(config, model=_converted(config.model, find(model).Settings))
+    return Train(name, config, Path("runs") / name, config.model_class.name)
+
+
+def _converted(settings: ModelSettings, kind: type[ModelSettings]) -> ModelSettings:
+    """Return the settings of another model, with all that both have; or only what all models have, if that is wrong."""
+    for names in ({x.name for x in fields(kind)}, {x.name for x in fields(ModelSettings)}):
+        with contextlib.suppress(ValueError):
+            return kind(**{name: value for name, value in vars(settings).items() if name in names})
+    return kind()
+
+
+@contextlib.contextmanager
+def _wrong_values() -> Iterator[None]:
+    """Take what is found to be wrong meanwhile for values of options."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    """Ask whether another name was meant, where one is similar."""
+    found = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _option(name: str, arguments: list[str]) -> str | None:
+    """Return the value of an option, "" where it is missing; None without the option."""
+    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == name:
+            return value
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _unboxed(text: str) -> str:
+    """Return in one line what tyro says in a box."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)  # colours
+    lines = [line.strip("│ ") for line in text.splitlines() if not re.match(r"[╭╰]| \S", line)]  # no title and edges
+    parts = [" ".join(part.split()) for part in re.split(r"[─-]{8,}", "\n".join(lines))]
+    text = "; ".join(part for part in parts if part and not part.startswith("For full helptext"))
+    text = re.sub(r"Error parsing (__tyro-dummy-inner__[\w.-]*: )?", "", text)
+    return text[:1].lower() + text[1:]
+
+
+def _with_folder(config: Config, folder: Path | None) -> Config:
+    """Return the configuration with its data in another folder, if one is given."""
+    if folder is None:
+        return config
+    return replace(config, data=replace(config.data, folder=folder.expanduser().resolve()))
+
+
+def _check(config: Config, sources: Sources) -> None:
+    """Check all that can be checked before anything is written."""
+    settings, launched, source = config.training, Launched.find(), sources["train"]
+    SequenceStream(source, settings.batch_size, settings.seed, launched.rank, launched.count)
+    try:
+        with torch.device("meta"):
+            config.build_model(source.image_shape)
+    except RuntimeError as error:  # a size that no tensor can have
+        raise ValueError(
+            f"there can be no such model: {str(error).splitlines()[0]}; its settings are {config.model}"
+        ) from error
+
+
+def _train(run: Run, sources: Sources, step: StepKind) -> int:
+    """Train a run to its end, then evaluate and draw its model; returns the exit status."""
     from .training import train
 
     try:
-        finished, status = train(run, device.type, step=options.step), 130
+        model, status = train(run, sources.device, step=step, sources=sources), 130
     except SystemExit as terminated:
-        finished, status = False, terminated.code
+        model, status = None, terminated.code
     disconnect()
     if Launched.find().rank > 0:
-        return 0 if finished else status
-    if not finished:
-        console.print(f"Interrupted; the state is saved. Continue with: tvae train --resume {run.path}", soft_wrap=True)
+        return status if model is None else 0
+    if model is None:
+        text = f"Interrupted; the state is saved. Continue with: tvae train --resume {run.path}"
+        console.print(text, soft_wrap=True, markup=False)
         return status
-    _report(run, run.config, device)
-    _draw(run, run.config, device)
-    return 0
+    status = _report(run, model, sources)
+    _draw(run, model, sources)
+    return status
 
 
-def _new_run(options: TrainOptions) -> Run:
-    """Check all that can be checked before anything is written, then make the run directory.
+def _report(run: Run, model: SequenceModel, sources: Sources) -> int:
+    """Evaluate the trained model, print the metrics and write them into the run; returns the exit status."""
+    from . import evaluation
 
-    Of several processes the first one does it; the others wait for it when they connect with it.
-    """
-    config, launched = options.config, Launched.find()
-    if config.data_dir is not None:
-        config = replace(config, data_dir=config.data_dir.expanduser().resolve())
-    if launched.rank > 0:
-        return Run(options.run_dir, config)
-    source = config.open_source("train")
-    SequenceStream(source, config.batch_size, config.seed, launched.rank, launched.count)
-    with torch.device("meta"):
-        config.build_model(source.image_shape)
-    return Run.create(options.run_dir, config)
-
-
-def _evaluate(arguments: list[str]) -> int:
-    options = tyro.cli(RunOptions, args=arguments, prog="tvae evaluate")
-    run = Run.open(options.run)
-    _report(run, _with_data(run.config, options.data_dir), _device(options.device))
-    return 0
+    settings, steps = sources.config.evaluation, sources.config.training.steps
+    sequences = FixedSequences.take(sources["test"], settings.sequences, sources.config.training.batch_size)
+    with progress("evaluating", len(sequences.batches), console=console) as show:
+        rows = evaluation.evaluate(model, sequences, settings, show)
+    console.print(evaluation.table(rows, f"{run.path}: {settings.sequences:,} test sequences after {steps:,} steps"))
+    try:
+        evaluation.save(rows, settings.sequences, run.evaluation_file)
+    except OSError as error:
+        print(f"tvae: warning: the metrics are not written: {error}", file=sys.stderr)
+    wrong = [row.label for row in rows if row.unit == "nats/frame" and not math.isfinite(row.value)]
+    if wrong:
+        print(f"tvae: error: {', '.join(wrong)} is not finite; {run.advice_after_divergence()}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
-def _traverse(arguments: list[str]) -> int:
-    options = tyro.cli(RunOptions, args=arguments, prog="tvae traverse")
-    run = Run.open(options.run)
-    _draw(run, _with_data(run.config, options.data_dir), _device(options.device))
-    return 0
+def _draw(run: Run, model: SequenceModel, sources: Sources) -> None:
+    """Draw the capsule traversals, or the torus of a model of still images, into the run and print the path."""
+    from . import figures
 
-
-def _reproduce(arguments: list[str]) -> int:
-    if not arguments:
-        return _targets()
-    options = tyro.cli(ReproduceOptions, args=arguments, prog="tvae reproduce")
-    if options.target not in EXHIBITS:
-        raise ValueError(f"unknown target {options.target!r}; choose from {', '.join(EXHIBITS)}")
-    device, data_dir = _device(options.device), options.data_dir and options.data_dir.expanduser().resolve()
-    if options.jobs is not None and options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
-    from . import figures, reproduction
-
-    if options.page is not None:
-        reproduction.read_block(options.page, options.target)
-    exhibit = EXHIBITS[options.target].with_data(_sprites(options.data, data_dir))
-    jobs = reproduction.plan(exhibit, options.seeds, options.budget, data_dir, options.runs)
-    if not reproduction.carry_out_all(jobs, device.type, options.jobs, console):
-        console.print("Interrupted; the state is saved. Go on with the same command.")
-        return 130
-    results = reproduction.collect(exhibit, jobs)
-    files = reproduction.write(results, options.target, options.output)
-    figure, picture = reproduction.draw(options.target, results, jobs, device), None
-    if figure is not None:
-        picture = options.output / f"{options.target}.png"
-        figures.save(figure, picture, results.title)
-        files.append(picture)
-    if options.page is not None:
-        reproduction.include(options.page, options.target, files[0], picture)
-    console.print(Markdown(reproduction.to_markdown(results)))
-    console.print(" ".join(map(str, files)), soft_wrap=True)
-    return 0
-
-
-def _targets() -> int:
-    table = Table("target", "what it is", box=None, pad_edge=False)
-    for name, exhibit in EXHIBITS.items():
-        table.add_row(name, exhibit.title)
-    console.print(table)
-    return 0
+    name, figure = figures.portrait(model, sources["test"], sources.config.training.batch_size)
+    path = run.figures / f"{name}.png"
+    figures.save(figure, path)
+    titles = {"torus": "most activating images", "traversals": "capsule traversals"}
+    console.print(f"{titles[name]}: {path}", soft_wrap=True, markup=False)
 
 
 def _sprites(choice: Literal["auto", "sprites", "dsprites"], data_dir: Path | None) -> str:
-    """What stands for dSprites."""
+    """Say what stands for dSprites."""
     if choice != "auto":
         return choice
-    return "dsprites" if DSpritesSequences.file(data_dir or CACHE / "dsprites").exists() else "sprites"
-
-
-def _presets(arguments: list[str]) -> int:
-    if arguments:
-        raise ValueError(f"`tvae presets` takes no arguments, got {' '.join(arguments)}")
-    table = Table(Column("preset", no_wrap=True), "model", "shown in", box=None, pad_edge=False)
-    for name, preset in PRESETS.items():
-        table.add_row(name, preset.description, ", ".join(shown_in(name)))
-    console.print(table)
-    console.print("\nDATA-MODEL-wW-kK[-OPTION]: W frames (the paper's 2L) and K capsule positions in the window.")
-    return 0
-
-
-def _report(run: Run, config: Config, device: torch.device) -> None:
-    """Evaluate the trained model, write the metrics into the run and print them."""
-    from . import evaluation
-
-    model = run.load_model(device)
-    source = config.open_source("test", device)
-    with console.status("evaluating"):
-        sequences = evaluation.FixedSequences.of(source, config.evaluation_sequences, config.batch_size)
-        rows = evaluation.evaluate(model, sequences, config.importance_samples)
-    evaluation.save(rows, config.evaluation_sequences, run.evaluation_file)
-    title = f"{run.path}: {config.evaluation_sequences:,} test sequences after {config.steps:,} steps"
-    console.print(evaluation.table(rows, title))
-
-
-def _draw(run: Run, config: Config, device: torch.device) -> None:
-    """Draw the capsule traversals, or the torus of a model of still images, into the run and print the path."""
-    from . import evaluation, figures
-
-    model, source = run.load_model(device), config.open_source("test", device)
-    if source.sequence_length == 1:
-        name, path = "most activating images", run.figures / "torus.png"
-        figure = figures.torus_map(model, evaluation.FixedSequences.of(source, len(source), config.batch_size).batches)
-    else:
-        name, path = "capsule traversals", run.figures / "traversals.png"
-        figure = figures.traversals(model, source)
-    figures.save(figure, path)
-    console.print(f"{name}: {path}", soft_wrap=True)
-
-
-def _with_data(config: Config, data_dir: Path | None) -> Config:
-    return config if data_dir is None else replace(config, data_dir=data_dir)
-
-
-def _device(name: Device) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but PyTorch finds no such device; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = Launched.find().on_machine
-    if name == "cuda" and torch.cuda.device_count() < processes:
-        raise ValueError(f"{processes} processes need a GPU each, but there are {torch.cuda.device_count()}")
-    return torch.device(name)
+    folder = data_dir or CACHE.expanduser() / "dsprites"
+    return "dsprites" if DSpritesSequences.file(folder).exists() else "sprites"

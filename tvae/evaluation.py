@@ -4,125 +4,112 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
-from .data import SequenceBatch, SequenceSource, SequenceStream
+from .config import EvaluationSettings
+from .data import EVALUATION_SEED, FixedSequences
 from .files import replacing
-from .metrics import BestSingleImage, CapCorr, ELBOTerms, EquivarianceError, LogLikelihood
-from .models import VAE
-
-EVALUATION_SEED = 2021  # of the fixed test set and of the noise, whatever the seed of the run
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric: its value and what a model gets that knows nothing of the individual frame."""
-
-    metric: str
-    value: float
-    chance: float
-    unit: str
-
-
-@dataclass(frozen=True)
-class FixedSequences:
-    """The sequences that every model is evaluated on, made once and kept: 0.17 MB each of MNIST, 0.25 MB of sprites."""
-
-    source: SequenceSource
-    batches: list[SequenceBatch]
-
-    @staticmethod
-    def of(source: SequenceSource, sequences: int, batch_size: int) -> FixedSequences:
-        """The first `sequences` of the seeded stream of the test split, rounded up to whole batches."""
-        stream = SequenceStream(source, batch_size, EVALUATION_SEED)
-        return FixedSequences(source, [stream[i] for i in range(-(-sequences // batch_size))])
+from .metrics import METRICS, Row
+from .models import SequenceModel
 
 
 @torch.no_grad()
-def evaluate(model: VAE, sequences: FixedSequences, samples: int) -> list[Row]:
-    """Measure ELBO terms and log p(x), and of sequences of more than one frame E_eq and CapCorr.
+def evaluate(
+    model: SequenceModel,
+    sequences: FixedSequences,
+    settings: EvaluationSettings,
+    show: Callable[[int], object] = lambda done: None,
+) -> list[Row]:
+    """Measure every metric that applies to the model and the source.
 
     The same model gives the same figures every time: the noise is seeded.
 
     Args:
         model: the model, on the device of the sequences.
         sequences: what to evaluate it on.
-        samples: importance samples for log p(x).
+        settings: how.
+        show: called with the number of batches that are done.
 
-    Returns:
-        One row a metric.
+    Raises:
+        ValueError: the likelihood of the model is not one of such images.
 
     """
     source, device = sequences.source, sequences.source.device
-    moving = source.sequence_length > 1
-    names = [source.transformations.get(index, factor.name) for index, factor in enumerate(source.factors)]
-    terms, likelihood, error, correlation, constant = (
-        metric.to(device)
-        for metric in (
-            ELBOTerms(),
-            LogLikelihood(),
-            EquivarianceError(model.rolls),
-            CapCorr(names, model.rolls),
-            BestSingleImage(model.likelihood, source.image_shape),
-        )
-    )
+    chosen = [metric for metric in METRICS.values() if metric.applies(model, source)]
+    metrics = [metric.build(model, source, settings).to(device) for metric in chosen]
     model.eval()
+    model.likelihood.check(sequences.batches[0].images)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(EVALUATION_SEED)
-        for batch in sequences.batches:
-            elbo = model(batch.images, axis=model.told(batch.axis))
-            terms.update(elbo)
-            if moving:
-                error.update(elbo.t, elbo.axis)
-                correlation.update(elbo.t, batch.factors, batch.transformation, elbo.axis)
-            likelihood.update(torch.stack(list(model.log_weights(batch.images, samples, elbo.axis))))
-            constant.update(batch.images)
-    best_image = constant.compute()
-    mean, log_p = terms.compute(), likelihood.compute()
-    rows = [
-        Row("ELBO", mean["elbo"], best_image, "nats/frame"),
-        Row("log p(x|t)", mean["log_likelihood"], best_image, "nats/frame"),
-        Row("KL z", mean["kl_z"], 0.0, "nats/frame"),
-        Row("KL u", mean["kl_u"], 0.0, "nats/frame"),
-        Row(f"log p(x), as published, {samples} samples", log_p["published"], best_image, "nats/frame"),
-        Row(f"log p(x), bound, {samples} samples", log_p["bound"], best_image, "nats/frame"),
-    ]
-    if moving:
-        correlations, random = correlation.compute(), correlation.chance()
-        rows.append(Row("E_eq", error.compute().item(), error.chance(), ""))
-        rows += [Row(f"CapCorr {name}", value, random[name], "") for name, value in correlations.items()]
-    return rows
+        for done, batch in enumerate(sequences.batches, 1):
+            elbo = model(batch)
+            for metric in metrics:
+                metric.measure(model, batch, elbo)
+            show(done)
+    return [row for metric in metrics for row in metric.rows()]
 
 
 def table(rows: list[Row], title: str) -> Table:
-    """The rows as a table for the terminal."""
-    result = Table("metric", title=title)
+    """Lay the rows out as a table for the terminal."""
+    result = Table("metric", title=Text(title))
     for column in ("value", "chance"):
         result.add_column(column, justify="right")
     result.add_column("unit")
     for row in rows:
-        n = digits(row.metric)
-        result.add_row(row.metric, f"{row.value:,.{n}f}", f"{row.chance:,.{n}f}", row.unit)
+        result.add_row(Text(row.label), f"{row.value:,.{row.digits}f}", f"{row.chance:,.{row.digits}f}", row.unit)
     return result
-
-
-def digits(metric: str) -> int:
-    """How many digits after the point a metric is printed with."""
-    return 0 if metric == "E_eq" else 2 if metric.startswith("CapCorr") else 1
 
 
 def save(rows: list[Row], sequences: int, path: Path) -> None:
     """Write the rows as JSON, which has null for NaN; at once or not at all."""
-    metrics = [{key: None if x != x else x for key, x in asdict(row).items()} for row in rows]
+    metrics = [{_NAMES.get(name, name): None if x != x else x for name, x in row._asdict().items()} for row in rows]
     with replacing(path) as partial:
         partial.write_text(json.dumps({"sequences": sequences, "metrics": metrics}, indent=2) + "\n")
 
 
 def load(path: Path) -> list[Row]:
-    """Read the rows that `save` wrote."""
-    rows = json.loads(path.read_text())["metrics"]
-    return [Row(**{key: math.nan if x is None else x for key, x in row.items()}) for row in rows]
+    """Read the rows that `save` wrote, now or in older versions.
+
+    Raises:
+        ValueError: the file holds something else.
+
+    """
+    try:
+        return [_row(values) for values in json.loads(path.read_text())["metrics"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no evaluation: {error!r}") from error
+
+
+_NAMES = {"label": "metric"}  # what a file calls a field of a row
+
+
+def _row(values: dict) -> Row:
+    numbers = {name: math.nan if values[name] is None else float(values[name]) for name in ("value", "chance")}
+    label, unit = values["metric"], values["unit"]
+    if "key" not in values:
+        return Row(*_older_key(label), label, **numbers, unit=unit, digits=_OLDER_DIGITS.get(label.split()[0], 1))
+    return Row(values["key"], values["part"], label, **numbers, unit=unit, digits=values["digits"])
+
+
+# Files of older versions know metrics by their labels alone.
+_OLDER_KEYS = {
+    "ELBO": ("elbo", None),
+    "log p(x|t)": ("elbo", "log_likelihood"),
+    "KL z": ("elbo", "kl_z"),
+    "KL u": ("elbo", "kl_u"),
+    "log p(x), as published": ("log_likelihood", "published"),
+    "log p(x), bound": ("log_likelihood", "bound"),
+    "E_eq": ("equivariance_error", None),
+}
+_OLDER_DIGITS = {"E_eq": 0, "CapCorr": 2}
+
+
+def _older_key(label: str) -> tuple[str, str | None]:
+    if label.startswith("CapCorr "):
+        return "capcorr", label.removeprefix("CapCorr ")
+    return _OLDER_KEYS[label.rpartition(", ")[0] if label.endswith(" samples") else label]

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .data import SequenceBatch, SequenceSource, SequenceStream
-from .models import TVAE, VAE
+from .data import FixedSequences, SequenceBatch, SequenceSource, SequenceStream
+from .files import replacing
+from .models import SequenceModel
 
 FIGURE_SEED = 7
 _GREYED = 0.25  # visibility of frames that t_0 does not see
@@ -35,38 +36,46 @@ class Panel:
     images: Float[Tensor, "row frame height width channel"]
 
 
-def traversals(model: VAE, source: SequenceSource, each: int = 1) -> Figure:
-    """Capsule traversals, `each` of every transformation of the source, in two columns where they are many."""
+def portrait(model: SequenceModel, source: SequenceSource, batch_size: int) -> tuple[str, Figure]:
+    """Draw what shows best what a model does with a source, and say what it is.
+
+    Of sequences, capsule traversals; of still images and capsules of two axes, the map of the torus.
+    """
+    if source.sequence_length == 1:
+        return "torus", torus_map(model, FixedSequences.take(source, len(source), batch_size).batches)
+    return "traversals", traversals(model, source)
+
+
+def traversals(model: SequenceModel, source: SequenceSource, each: int = 1) -> Figure:
+    """Draw capsule traversals, `each` of every transformation of the source, in two columns where they are many."""
     panels = traversal_panels(model, source, each)
     middle = len(panels) if each == 1 else -(-len(panels) // 2)
     return draw_panels([column for column in (panels[:middle], panels[middle:]) if column])
 
 
 @torch.no_grad()
-def traversal_panels(model: VAE, source: SequenceSource, each: int = 1, title: str = "") -> list[Panel]:
-    """Panels of three rows (Fig. 4 and appendix D), `each` of every transformation of the source.
+def traversal_panels(model: SequenceModel, source: SequenceSource, each: int = 1, title: str = "") -> list[Panel]:
+    """Make panels of three rows (Fig. 4 and appendix D), `each` of every transformation of the source.
 
     Input sequence, with the frames outside the temporal window of t_0 greyed out; direct reconstruction of every frame
     from its own t_l; images decoded from Roll_l(t_0), which continue the transformation in an equivariant model. One
-    such row for each axis of capsules that roll along one at a time.
+    such row for every motion that the model has.
     """
     batch = _some_of_each(source, each)
     model.eval()
-    axis = model.told(batch.axis)
-    axes = range(model.rolls.root_count) if model.rolls.root_count > 1 else (None,)
-    rolled = [model.traverse(batch.images, along=along, axis=axis) for along in axes]
-    rows = (batch.images, model.reconstruct(batch.images, axis), *rolled)
-    images = torch.stack(rows, dim=1).clamp(0, 1).movedim(3, -1).cpu()  # sequence, row, frame, height, width, channel
-    unseen = ~frames_seen(model, source.sequence_length)
+    moved = model.traversals(batch)
+    rows = {"input": batch.images, "reconstruction": model.reconstruct(batch), **moved}
+    images = torch.stack(tuple(rows.values()), dim=1).clamp(0, 1).movedim(3, -1).cpu()  # (B, row, S, h, w, c)
+    unseen = ~model.frames_seen(source.sequence_length)
     images[:, 0, unseen] = 1 - _GREYED * (1 - images[:, 0, unseen])
-    labels = ("input", "reconstruction")
-    labels += tuple("Roll$_l(t_0)$" if along is None else f"Roll$_l(t_0)$, axis {along}" for along in axes)
-    names = [title + source.transformations[kind] for kind in batch.transformation.tolist()]
-    return [Panel(name, labels, x) for name, x in zip(names, images, strict=True)]
+    names = [title] * len(images)
+    if batch.transformation is not None:
+        names = [title + source.transformations[kind] for kind in batch.transformation.tolist()]
+    return [Panel(name, tuple(rows), x) for name, x in zip(names, images, strict=True)]
 
 
 def draw_panels(columns: list[list[Panel]]) -> Figure:
-    """Columns of panels from top to bottom, every frame at the same size."""
+    """Draw columns of panels from top to bottom, every frame at the same size."""
     heights = [sum(_TITLE + _FRAME * len(panel.images) for panel in column) for column in columns]
     widths = [_LABELS + _FRAME * max(panel.images.shape[1] for panel in column) for column in columns]
     width, height = sum(widths) + _MARGIN, max(heights) + _MARGIN
@@ -89,7 +98,7 @@ def draw_panels(columns: list[list[Panel]]) -> Figure:
 
 
 def mosaic(images: Float[Tensor, "row frame height width channel"]) -> Float[Tensor, "y x channel"]:
-    """Rows of frames in one image, each with a white rim below and to its right, a sixteenth of its height wide."""
+    """Put rows of frames into one image, each with a white rim below and to its right, 1/16 of its height wide."""
     rim = max(1, images.shape[2] // 16)
     padded = F.pad(images, (0, 0, 0, rim, 0, rim), value=1.0)
     return padded.movedim(1, 2).flatten(2, 3).flatten(0, 1)
@@ -109,7 +118,7 @@ _LINES = (("k", "-", "o"), ("k", "--", "s"), ("k", ":", "D"), ("0.6", "-", "^"),
 
 
 def capcorr_against_coherence(panels: dict[str, list[Series]], chance: float) -> Figure:
-    """Average CapCorr over all transformations against L (Fig. 5), six series or fewer a panel, beside chance."""
+    """Draw average CapCorr over all transformations against L (Fig. 5), six series or fewer a panel, beside chance."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     for axes, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, line in enumerate(series):
@@ -126,19 +135,20 @@ def capcorr_against_coherence(panels: dict[str, list[Series]], chance: float) ->
 
 
 @torch.no_grad()
-def squared_activation_correlation(model: VAE, batches: Iterable[SequenceBatch]) -> Float[Tensor, "C D C D"]:
-    """Covariance of t² between all pairs of activations of a frame, over the frames, as correlation coefficients.
+def squared_activation_correlation(model: SequenceModel, batches: Iterable[SequenceBatch]) -> Float[Tensor, "C D C D"]:
+    """Return the covariance of t² between all pairs of activations of a frame, as correlation coefficients.
 
-    Activations are drawn from the posterior; seed the noise before. NaN for an activation that never changes.
+    It is taken over the frames; activations are drawn from the posterior: seed the noise before. NaN for an activation
+    that never changes.
     """
     model.eval()
-    t = torch.cat([model.encode(batch.images, axis=model.told(batch.axis)).cpu() for batch in batches])
+    t = torch.cat([model.encode(batch).cpu() for batch in batches])
     squares = t.square().flatten(0, 1).flatten(1)
     return torch.corrcoef(squares.double().T).view(*model.capsule_shape, *model.capsule_shape)
 
 
 def within_and_between(correlation: Float[Tensor, "C D C D"]) -> tuple[Tensor, Tensor]:
-    """Mean correlation of positions that lie 0 … D // 2 apart on their circle: in one capsule, and in two capsules."""
+    """Return the mean correlation of positions 0 … D // 2 apart on their circle: in one capsule, and in two."""
     capsules, dim = correlation.shape[:2]
     same, position = torch.eye(capsules, dtype=torch.bool), torch.arange(dim)
     profiles = []
@@ -151,7 +161,7 @@ def within_and_between(correlation: Float[Tensor, "C D C D"]) -> tuple[Tensor, T
 
 
 def covariance(correlations: dict[str, Float[Tensor, "C D C D"]], capsules: int = 4) -> Figure:
-    """For every model, by title: the correlations of t² of its first capsules, and their mean against distance."""
+    """Draw for every model, by title, the correlations of t² of its first capsules, and their mean against distance."""
     figure = Figure(figsize=(2.6 * len(correlations), 4.6), layout="constrained")
     matrices, curves = figure.subplots(2, len(correlations), height_ratios=(1.25, 1), squeeze=False)
     for axes, (title, correlation) in zip(matrices, correlations.items(), strict=True):
@@ -178,8 +188,8 @@ def covariance(correlations: dict[str, Float[Tensor, "C D C D"]], capsules: int 
 
 
 @torch.no_grad()
-def torus_map(model: TVAE, batches: Iterable[SequenceBatch]) -> Figure:
-    """The image that activates each variable of a capsule of two axes most, on the flattened torus (Fig. 3).
+def torus_map(model: SequenceModel, batches: Iterable[SequenceBatch]) -> Figure:
+    """Draw the image that activates each variable of a capsule of two axes most, on the flattened torus (Fig. 3).
 
     Raises:
         ValueError: the model has other capsules than one of two axes, or sequences of more than one frame.
@@ -193,7 +203,7 @@ def torus_map(model: TVAE, batches: Iterable[SequenceBatch]) -> Figure:
     for batch in batches:
         if batch.images.shape[1] != 1:
             raise ValueError(f"a torus is drawn of still images, got sequences of {batch.images.shape[1]} frames")
-        t = model.encode(batch.images, sample=False)[:, 0, 0]  # (B, D)
+        t = model.encode(batch, sample=False)[:, 0, 0]  # (B, D)
         values, which = t.max(0)
         found = batch.images[which, 0].movedim(1, -1)  # (D, height, width, channel)
         better = torch.ones_like(values, dtype=torch.bool) if best is None else values > best
@@ -213,39 +223,30 @@ def save(figure: Figure, path: Path, caption: str = "") -> None:
     width, height = figure.get_size_inches()
     text = textwrap.fill(caption, int(20 * width))  # 7-point letters, of which 20 take less than an inch
     figure.text(0, 1 + _MARGIN / height, text, fontsize=7, va="bottom")
-    figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=_MARGIN)
-
-
-def frames_seen(model: VAE, steps: int) -> Tensor:
-    """Which of the frames take part in t_0, as booleans: its temporal window, or frame 0 alone without topography."""
-    seen = torch.zeros(steps, dtype=torch.bool)
-    if not isinstance(model, TVAE):
-        seen[0] = True
-        return seen
-    neighborhood = model.topographic.neighborhood
-    for i in neighborhood.time_taps:
-        if neighborhood.time_boundary == "circular" or 0 <= i < steps:
-            seen[i % steps] = True
-    return seen
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=200, bbox_inches="tight", pad_inches=_MARGIN, format="png")
 
 
 def _some_of_each(source: SequenceSource, each: int) -> SequenceBatch:
-    """The first sequences of every transformation in a fixed, seeded batch, with all shapes shown evenly.
+    """Return the first sequences of every transformation in a fixed, seeded batch, with all shapes shown evenly.
 
-    A shape is what no sequence changes: the first factor, where it does not transform.
+    A shape is what no sequence changes: the first factor, where it does not transform. Of a source without
+    transformations all sequences are of one kind.
     """
     batch = SequenceStream(source, min(64, len(source)), FIGURE_SEED)[0]
-    shapes = [0] * len(batch.images) if source.factors[0].transforms else batch.factors[:, 0, 0].tolist()
+    kinds = torch.zeros(len(batch.images)) if batch.transformation is None else batch.transformation
+    still = bool(source.factors) and not source.factors[0].transforms
+    shapes = batch.factors[:, 0, 0].tolist() if still else [0] * len(batch.images)
     chosen = []
-    for kind in source.transformations:
-        of_kind = (batch.transformation == kind).nonzero().flatten().tolist()
+    for kind in source.transformations or (0,):
+        of_kind = (kinds == kind).nonzero().flatten().tolist()
         seen = Counter()
         rounds = {}
         for i in of_kind:
             rounds[i] = seen[shapes[i]]
             seen[shapes[i]] += 1
         chosen += sorted(of_kind, key=lambda i: (rounds[i], i))[:each]
-    return SequenceBatch(*(x[chosen] for x in batch))
+    return batch.select(chosen)
 
 
 def _plain(axes) -> None:

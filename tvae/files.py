@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` once it is whole and on the disk."""
+    """Give a path to write to, whose file takes the place of `path` once it is whole and on the disk."""
     partial = path.with_suffix(".partial")
     try:
         yield partial
@@ -29,5 +30,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which some file systems say to all that are not files
+            raise
     finally:
         os.close(descriptor)

@@ -30,23 +30,42 @@ class Launched(NamedTuple):
 
     @classmethod
     def find(cls) -> Launched:
-        """Of the environment; without torchrun, one process."""
+        """Read the environment; without torchrun there is one process."""
         if not dist.is_available() or not dist.is_torchelastic_launched():
             return cls()
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
 
 
-def launch(device: str) -> Fabric:
-    """The device of this process, connected with the others through gloo (CPU) or NCCL (GPU).
+def find_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name: "auto" is a GPU if there is one, else the CPU.
 
-    Args:
-        device: "auto", "cpu" or "cuda".
+    Raises:
+        ValueError: there is no such device, or not one for every process.
 
     """
+    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but PyTorch finds no such device; use --device cpu")
+    processes = Launched.find().on_machine
+    if kind.type == "cuda" and torch.cuda.device_count() < processes:
+        raise ValueError(f"{processes} processes need a GPU each, but there are {torch.cuda.device_count()}")
+    return kind
+
+
+def launch(device: torch.device) -> Fabric:
+    """Connect this process, on a device of that type, with the others through gloo (CPU) or NCCL (GPU)."""
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
     launched = Launched.find()
-    fabric = Fabric(accelerator=device, devices=launched.on_machine, num_nodes=launched.count // launched.on_machine)
+    # Said here, for Fabric would also believe the variables of a scheduler that has started no processes.
+    environment = LightningEnvironment() if launched.count == 1 else TorchElasticEnvironment()
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=launched.on_machine,
+        num_nodes=launched.count // launched.on_machine,
+        plugins=environment,
+    )
     if launched.count > 1:
         fabric.launch()
     return fabric
@@ -59,7 +78,7 @@ def disconnect() -> None:
 
 
 def mean(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """The mean of each value over all processes; as their parts of a batch are equal, that over all sequences."""
+    """Return the mean of each value over all processes: over all sequences, as their parts of a batch are equal."""
     if fabric.world_size == 1:
         return values
     total = _reduced(fabric, values.values(), dist.ReduceOp.SUM)
@@ -67,7 +86,7 @@ def mean(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
 
 
 def highest(fabric: Fabric, *values: int) -> list[int]:
-    """The highest of each value that any process has."""
+    """Return the highest of each value that any process has."""
     if fabric.world_size == 1:
         return list(values)
     return list(map(int, _reduced(fabric, values, dist.ReduceOp.MAX)))
@@ -81,7 +100,7 @@ def _reduced(fabric: Fabric, values: Iterable[float], operation: dist.ReduceOp) 
 
 
 def on_first(fabric: Fabric, action: Callable[..., T], *arguments) -> T | None:
-    """What the action of the first process returns, None for the others, which wait for its end.
+    """Return what the action of the first process returns, None for the others, which wait for its end.
 
     Raises:
         RunError: the action has raised it; in all processes.

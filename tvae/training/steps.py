@@ -10,11 +10,18 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from .data import SequenceStream
-from .models import ELBO
-from .presets import Precision, StepKind
+from ..config import Precision, StepKind
+from ..data import SequenceBatch, SequenceStream
+from ..models import ELBO
 from .run import RunError
+
+Mark = Callable[[str], object]
+
+
+def unmarked(stage: str) -> None:
+    """Do nothing at the end of a stage: nobody measures."""
 
 
 def build_step(
@@ -24,8 +31,9 @@ def build_step(
     model: nn.Module,
     optimizer: Optimizer,
     stream: SequenceStream,
+    mark: Mark = unmarked,
 ) -> Step:
-    """The step of a kind, for a `VAE` and an optimiser that `fabric` has set up.
+    """Make the step of a kind, for a model and an optimiser that `fabric` has set up.
 
     Args:
         kind: "eager", one operation at a time; "compiled", the model by torch.compile; "graph", all of the step
@@ -35,14 +43,15 @@ def build_step(
         model: whose weights are trained.
         optimizer: of all of them.
         stream: the sequences.
+        mark: called with the name of every stage of a step at its end, to measure them.
 
     """
-    return KINDS[kind](precision, fabric, model, optimizer, stream)
+    return KINDS[kind](precision, fabric, model, optimizer, stream, mark)
 
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Meanwhile, PyTorch's setting for float32 matrix products, which is one for the whole process."""
+    """Change meanwhile PyTorch's setting for float32 matrix products, which is one for the whole process."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
@@ -55,40 +64,39 @@ class Step:
     """`step(i)` trains on batch number i, with noise from PyTorch's generators, and returns its ELBO, detached."""
 
     def __init__(
-        self, precision: Precision, fabric: Fabric, model: nn.Module, optimizer: Optimizer, stream: SequenceStream
+        self,
+        precision: Precision,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: Optimizer,
+        stream: SequenceStream,
+        mark: Mark = unmarked,
     ):
         self.autocast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
         self.fabric = fabric
         self.model = model
         self.optimizer = optimizer
         self.stream = stream
-        self.elbo: ELBO
+        self.mark = mark
 
     def __call__(self, i: int) -> ELBO:
-        """All stages of step i."""
-        for _ in self.stages(i):
-            pass
-        return self.elbo
-
-    def stages(self, i: int) -> Iterator[str]:
-        """The step, stage by stage; gives the name of each when it is done."""
+        """Take step i: data, forward, backward, optimiser."""
         batch = self.stream[i]
-        yield "data"
-        yield from self.learn(batch.images, batch.axis)
+        self.mark("data")
+        return self.learn(batch, self.mark)
 
-    def learn(self, images: Tensor, axis: Tensor) -> Iterator[str]:
-        """The stages after the data."""
-        axis = self.model.module.told(axis)
+    def learn(self, batch: SequenceBatch, mark: Mark) -> ELBO:
+        """Take the stages after the data."""
         with self.autocast:  # and not by Fabric, which would round the images, too
-            elbo = self.model(images, self.stream.part.start, self.stream.batch_size, axis)
-        yield "forward"
+            elbo = self.model(batch)
+        mark("forward")
         self.optimizer.zero_grad()
-        self.fabric.backward(-elbo.total.mean())
-        yield "backward"
+        self.fabric.backward(-elbo.objective.mean())
+        mark("backward")
         self.optimizer.step()
         self.model.module.project_weights()
-        self.elbo = ELBO(*(x if x is None else x.detach() for x in elbo))
-        yield "optimiser"
+        mark("optimiser")
+        return tree_map_only(Tensor, Tensor.detach, elbo)
 
 
 class CompiledStep(Step):
@@ -98,15 +106,15 @@ class CompiledStep(Step):
         super().__init__(*arguments)
         self.model.module.compile(dynamic=False, options={"fallback_random": True})
 
-    def learn(self, images: Tensor, axis: Tensor) -> Iterator[str]:
-        """The stages after the data; the first call compiles.
+    def learn(self, batch: SequenceBatch, mark: Mark) -> ELBO:
+        """Take the stages after the data; the first call compiles.
 
         Raises:
             RunError: the compiler fails, or there is none.
 
         """
         try:
-            yield from super().learn(images, axis)
+            return super().learn(batch, mark)
         except TorchDynamoException as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"torch.compile fails: {reason}; train with --step eager, which gives the same") from error
@@ -125,13 +133,15 @@ class GraphStep(Step):
         super().__init__(*arguments)
         self.graph = Graph()
         self.taken = 0
-        self.draws = tuple(x.to(self.fabric.device) for x in self.draw(0))
+        self.drawn = tuple(None if x is None else x.to(self.fabric.device) for x in self.draw(0))
+        self.elbo: ELBO
 
-    def stages(self, i: int) -> Iterator[str]:
-        """Two: the draws, which the host makes while the GPU takes the step before, and the replay of all others."""
-        for x, drawn in zip(self.draws, self.draw(i), strict=True):
-            x.copy_(drawn.pin_memory(), non_blocking=True)
-        yield "data"
+    def __call__(self, i: int) -> ELBO:
+        """Draw, while the GPU takes the step before, and replay all else."""
+        for place, drawn in zip(self.drawn, self.draw(i), strict=True):
+            if place is not None:
+                place.copy_(drawn.pin_memory(), non_blocking=True)
+        self.mark("data")
         if self.taken < self.EAGER_STEPS:
             self.graph.warm_up(self.train)
         else:
@@ -139,19 +149,23 @@ class GraphStep(Step):
                 self.capture()
             self.graph.replay()
         self.taken += 1
-        yield "replay"
+        self.mark("replay")
+        return self.elbo
 
-    def draw(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Examples (B,), factors (B, S, F) and axes (B,) of batch i, on the CPU."""
-        examples, starts, transformation = self.stream.draw(i)
-        source = self.stream.source
-        return examples, source.advance(starts, transformation), source.axis(transformation)
+    def draw(self, i: int) -> tuple[Tensor | None, ...]:
+        """Draw examples (B,), factors (B, S, F), and what else is known of batch i, on the CPU."""
+        examples, *poses = self.stream.draw(i)
+        return examples, *self.stream.source.describe(examples, *poses)
 
     def train(self) -> None:
         """Render the sequences and learn from them."""
-        examples, factors, axis = self.draws
-        for _ in self.learn(self.stream.source.render(examples, factors), axis):
-            pass
+        examples, factors, *known = self.drawn
+        source, part = self.stream.source, self.stream.part
+        images = source.render(examples, factors)
+        batch = SequenceBatch(
+            images, factors if source.factors else None, *known, first=part.start, total=self.stream.batch_size
+        )
+        self.elbo = self.learn(batch, unmarked)  # no marks: a capture would hold them
 
     def capture(self) -> None:
         """Capture `train`, of which nothing is computed yet."""

@@ -3,7 +3,7 @@
     config.json              everything that decides the result
     metrics.csv, tensorboard the course of training
     checkpoint.safetensors   weights and optimiser state, replaced at every checkpoint
-    model.safetensors        the trained model, for `VAE.load`
+    model.safetensors        the trained model, for `tvae.load`
     evaluation.json          metrics on the test set beside their chance levels
     figures/                 capsule traversals
 
@@ -18,19 +18,20 @@ import csv
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from .files import replacing, sync
-from .models import VAE
-from .presets import Config
+from ..config import Config
+from ..files import replacing, sync
+from ..models import SequenceModel
 
 
 class RunError(RuntimeError):
@@ -48,6 +49,7 @@ class Run:
         self.model_file = path / "model.safetensors"
         self.evaluation_file = path / "evaluation.json"
         self.figures = path / "figures"
+        self._lock = FileLock(path / "lock", timeout=0)
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Run:
@@ -57,18 +59,20 @@ class Run:
             RunError: the directory exists; nothing is changed.
 
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            raise RunError(
-                f"{path} exists already: continue it with `tvae train --resume {path}`, or choose another --run-dir"
-            )
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
-            new = Path(partial) / path.name
-            new.mkdir()
-            (new / "config.json").write_text(config.to_json())
-            sync(new / "config.json")
-            new.rename(path)
-            sync(path.parent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                advice = f"continue it with `tvae train --resume {path}`, or choose another --run-dir"
+                raise RunError(f"{path} exists already: {advice}")
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
+                new = Path(partial) / path.name
+                new.mkdir()
+                (new / "config.json").write_text(config.to_json())
+                sync(new / "config.json")
+                new.rename(path)  # over an empty directory, too
+                sync(path.parent)
+        except OSError as error:
+            raise RunError(f"cannot make {path}: {error}") from error
         return cls(path, config)
 
     @classmethod
@@ -86,8 +90,32 @@ class Run:
         except ValueError as error:
             raise RunError(f"cannot read {path / 'config.json'}: {error}") from error
 
-    def load_model(self, device: str | torch.device = "cpu") -> VAE:
-        """The trained model.
+    def change(self, config: Config) -> None:
+        """Go on with another configuration from here: more steps, or data that has moved.
+
+        Raises:
+            RunError: the configuration cannot be written.
+
+        """
+        with self.writing(), replacing(self.path / "config.json") as partial:
+            partial.write_text(config.to_json())
+        self.config = config
+
+    def lock(self) -> AbstractContextManager:
+        """Keep other processes out of the run until the context ends; within it, it may be asked for again.
+
+        Raises:
+            RunError: another process is at work in the run.
+
+        """
+        with self.writing():
+            try:
+                return self._lock.acquire()
+            except Timeout:  # which is an OSError, too
+                raise RunError(f"another process is at work in {self.path}; wait for it or stop it") from None
+
+    def load_model(self, device: str | torch.device = "cpu") -> SequenceModel:
+        """Load the trained model.
 
         Raises:
             RunError: the run has not finished.
@@ -95,9 +123,9 @@ class Run:
         """
         if not self.model_file.exists():
             raise RunError(f"{self.path} holds no trained model yet: finish it with `tvae train --resume {self.path}`")
-        return VAE.load(self.model_file, device)
+        return SequenceModel.load(self.model_file, device)
 
-    def save_model(self, model: VAE) -> None:
+    def save_model(self, model: SequenceModel) -> None:
         """Write the trained model.
 
         Raises:
@@ -139,21 +167,28 @@ class Run:
             return 0
         try:
             with safe_open(self.checkpoint, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            step = int(metadata["step"])
+            if not step > 0:
+                raise ValueError(f"its step is {step}")
+            wanted = _expected(model, optimizer, self.config.training.optimizer)
+            _check_tensors({name: tuple(x.shape) for name, x in tensors.items()}, wanted)
             model.load_state_dict({k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")})
             state = {}
             for name, x in tensors.items():
                 if name.startswith("optimizer."):
                     _, index, key = name.split(".", 2)
                     state.setdefault(int(index), {})[key] = x
-            optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
-            return int(metadata["step"])
-        except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            # Its settings are those of the configuration, which may have been changed since.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            return step
+        except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
             raise RunError(f"cannot restore {self.checkpoint}: {error}") from error
 
     def advice_after_divergence(self) -> str:
-        """What to do when training has left the finite numbers."""
+        """Say what to do when training has left the finite numbers."""
         return f"{self._kept()}; train again with a smaller --learning-rate"
 
     @contextmanager
@@ -169,6 +204,29 @@ class Run:
         return f"the last good state is in {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint"
 
 
+def _expected(model: nn.Module, optimizer: Optimizer, kind: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a checkpoint, by name: of the weights, and of the optimiser's state."""
+    shapes = {f"model.{name}": tuple(x.shape) for name, x in model.state_dict().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    momentum = any(group.get("momentum") for group in optimizer.param_groups)
+    for index, parameter in enumerate(parameters):
+        like = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) * momentum}[kind]
+        shapes |= {f"optimizer.{index}.{name}": tuple(parameter.shape) for name in like}
+        if kind == "adam":
+            shapes[f"optimizer.{index}.step"] = ()
+    return shapes
+
+
+def _check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Refuse tensors of other names or shapes: PyTorch's optimisers read past the end of those that are too short."""
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            was, should = (f"of shape {x[name]}" if name in x else "missing" for x in (found, wanted))
+            if name not in wanted:
+                should = "none"
+            raise ValueError(f"{name} is {was}, should be {should}")
+
+
 class MetricsLog:
     """The course of training, as a CSV file and as TensorBoard events.
 
@@ -182,6 +240,7 @@ class MetricsLog:
 
     def __init__(self, run: Run, step: int):
         self._run = run
+        self._columns: list[str] | None = None
         with run.writing():
             rows = rows_until(step, run.metrics.read_bytes()) if run.metrics.exists() else b""
             if rows:
@@ -192,14 +251,16 @@ class MetricsLog:
             self._tensorboard = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one row; every row has the same columns."""
+        """Append one row; every row has the columns of the first, which an older version may have written."""
         row = {"step": step, **values}
-        is_new = not self._run.metrics.exists()
         with self._run.writing():
+            if self._columns is None and self._run.metrics.exists():
+                self._columns = self._run.metrics.read_text().partition("\n")[0].strip().split(",")
             with self._run.metrics.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row.keys())
-                if is_new:
+                writer = csv.DictWriter(file, self._columns or row.keys(), extrasaction="ignore")
+                if self._columns is None:
                     writer.writeheader()
+                    self._columns = list(row)
                 writer.writerow(row)
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"train/{name}", value, step)
@@ -211,7 +272,7 @@ class MetricsLog:
 
 
 def rows_until(step: int, log: bytes) -> bytes:
-    """The header and the rows of a metrics.csv up to some step; nothing, where there is no such row.
+    """Return the header and the rows of a metrics.csv up to some step; nothing, where there is no such row.
 
     What follows may be half a row, or anything, if a crash has cut it off: only what a checkpoint follows is sure.
     """

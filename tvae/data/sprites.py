@@ -5,11 +5,16 @@ sign of an implicit function at the pixel centres. Nothing is antialiased, and n
 the same bits come out everywhere. One unit of the plane is one pixel; x points right, y points up.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from .sequences import Factor, SequenceSource
 
 IMAGE_SIZE = 64
 SCALES = (0.6, 0.7, 0.8, 0.9, 1.0)
@@ -72,3 +77,58 @@ def cut_frames(canvases: Tensor, poses: Tensor) -> Tensor:
     shape, scale, orientation, x, y = poses.unbind(-1)
     # The further right the window, the further left the sprite in it.
     return windows[shape, scale, orientation, POSITIONS - 1 - y, POSITIONS - 1 - x]
+
+
+class SpriteGrid(SequenceSource):
+    """A source of sprites in the manner of dSprites, whose examples are combinations of factors: the starting poses.
+
+    Factors: shape (0 square, 1 ellipse, 2 heart), which no sequence advances; scale, 1 being the largest; orientation
+    in radians; x and y in dSprites' unit, 0..1 for its 32 positions, from the left and from the top. The index of an
+    example has the five factors as its digits, shape first. All splits are the same 50,625 examples.
+    """
+
+    classes = ("square", "ellipse", "heart")
+    image_shape = (1, IMAGE_SIZE, IMAGE_SIZE)
+    sequence_length = 15
+    factors = (
+        Factor("shape", (0, 1, 2), transforms=False),
+        Factor("scale", SCALES),
+        Factor("orientation", ORIENTATIONS),
+        Factor("x", tuple(2 * j / 31 for j in range(POSITIONS))),
+        Factor("y", tuple(2 * j / 31 for j in range(POSITIONS))),
+    )
+
+    def __len__(self) -> int:
+        return math.prod(self.sizes)
+
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the factors (B, F) that the examples stand for; nothing is drawn."""
+        return torch.stack(torch.unravel_index(examples, self.sizes), dim=-1)
+
+    def label(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Return the shapes."""
+        return factors[:, 0, 0]
+
+
+class SpriteSequences(SpriteGrid):
+    """Sprites drawn by formulas in the manner of dSprites, not dSprites itself; no file is needed.
+
+    One step in x or y moves the sprite by two pixels.
+    """
+
+    name = "sprites"
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self._canvases = draw_canvases().to(self.device)
+
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Draw frames (B, S, 1, 64, 64), zeros and ones; the factors alone decide."""
+        return cut_frames(self._canvases, factors)[:, :, None].float()
+
+
+class SpriteShifts(SpriteSequences):
+    """Sprites that move along x or along y, in every scale and orientation: for capsules of two axes."""
+
+    name = "sprites-shifts"
+    factors = tuple(replace(factor, transforms=factor.name in ("x", "y")) for factor in SpriteGrid.factors)

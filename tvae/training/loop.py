@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning_fabric import Fabric
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from tvae_kernels import Neighborhood
 
-from .data import SequenceSource, SequenceStream
-from .metrics import equivariance_error
-from .models import ELBO, VAE
-from .presets import Config, StepKind, check_machine
-from .processes import highest, launch, mean, on_first
+from ..config import Config, Sources, StepKind, TrainingSettings, check_machine
+from ..data import SequenceSource, SequenceStream
+from ..metrics import equivariance_error
+from ..models import ELBO, SequenceModel
+from ..progress import progress
+from .processes import find_device, highest, launch, mean, on_first
 from .run import MetricsLog, Run, RunError
 from .steps import build_step, matmul_precision
 
@@ -28,7 +31,13 @@ LOG_EVERY = 25  # steps
 CHECKPOINT_EVERY = 500  # steps
 
 
-def train(run: Run, device: str = "auto", show_progress: bool = True, step: StepKind = "eager") -> bool:
+def train(
+    run: Run,
+    device: str | torch.device = "auto",
+    show_progress: bool = True,
+    step: StepKind = "eager",
+    sources: Sources | None = None,
+) -> SequenceModel | None:
     """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
 
     Every step draws its sequences and its noise from generators seeded by (seed, step) alone. A resumed run therefore
@@ -41,9 +50,10 @@ def train(run: Run, device: str = "auto", show_progress: bool = True, step: Step
         device: "auto", "cpu" or "cuda".
         show_progress: draw a progress bar.
         step: how the machine takes a step, as in `build_step`; the result is the same within float32 rounding.
+        sources: the sequences of the run's configuration, where they are open already.
 
     Returns:
-        True when the run is finished and its model written, False when it was interrupted and its state saved.
+        The trained model, which is written, too; None when training was interrupted and its state saved.
 
     Raises:
         RunError: the loss or a weight is not finite, the checkpoint cannot be read, or a file cannot be written; the
@@ -53,65 +63,81 @@ def train(run: Run, device: str = "auto", show_progress: bool = True, step: Step
         SystemExit: SIGTERM has ended training, its state saved; with the status 143.
 
     """
-    config = run.config
-    fabric = launch(device)
-    check_machine(step, config.precision, fabric.device, fabric.world_size)
+    fabric = launch(find_device(device))
+    check_machine(step, run.config.training.precision, fabric.device, fabric.world_size)
+    lock = on_first(fabric, run.lock)
+    with nullcontext() if lock is None else lock:  # which the first process holds for all
+        return _train(fabric, run, sources, step, show_progress)
+
+
+def _train(
+    fabric: Fabric, run: Run, sources: Sources | None, step: StepKind, show_progress: bool
+) -> SequenceModel | None:
+    """Train a run that no other process is at work in, as `train` says."""
+    config, settings = run.config, run.config.training
     with fabric.rank_zero_first(local=True):  # which may download the data
-        source = config.open_source("train", fabric.device)
-    stream = SequenceStream(source, config.batch_size, config.seed, fabric.global_rank, fabric.world_size)
+        if sources is None or sources.device != fabric.device:
+            sources = Sources(config, fabric.device)
+        source = sources["train"]
+    stream = SequenceStream(source, settings.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
     model = untrained_model(config, source)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(settings, model)
     model, optimizer = fabric.setup(model, optimizer)
     first_step = run.load_checkpoint(model, optimizer)
+    if first_step > settings.steps:
+        raise RunError(f"{run.path} has done {first_step} steps already, more than the {settings.steps} asked for")
     last, minus_first = highest(fabric, first_step, -first_step)
     if last != -minus_first:
         raise RunError(f"the processes do not share {run.path}: some find {last} steps there, some {-minus_first}")
 
-    take_step = build_step(step, config.precision, fabric, model, optimizer, stream)
+    model.module.likelihood.check(stream[first_step].images)
+
+    take_step = build_step(step, settings.precision, fabric, model, optimizer, stream)
     done, stop = first_step, 0
     log = on_first(fabric, MetricsLog, run, first_step)
     with (
-        matmul_precision(config.precision),
+        matmul_precision(settings.precision),
         closing(log) if fabric.is_global_zero else nullcontext(),
         interruption() as interrupted,
-        progress_bar(config.steps, first_step, show_progress and fabric.is_global_zero) as show,
+        progress("training", settings.steps, first_step, visible=show_progress and fabric.is_global_zero) as show,
     ):
-        while done < config.steps:
-            seed_noise(config.seed, done)
+        start = time.perf_counter()
+        while done < settings.steps:
+            seed_noise(settings.seed, done)
             elbo = take_step(done)
             done += 1
 
-            if done % LOG_EVERY == 0 or done == config.steps:
+            if done % LOG_EVERY == 0 or done == settings.steps:
                 values = mean(fabric, measure(elbo, model.module.rolls))
                 # Only here, for a GPU would have to be waited for; checkpoints refuse weights that are not finite.
                 if not math.isfinite(values["loss"]):  # which it is not where that of any process is not
                     raise RunError(f"the loss is {values['loss']} in step {done}; {run.advice_after_divergence()}")
                 on_first(fabric, lambda: log.log(done, values))  # noqa: B023 - called at once
-                show(done, values)
+                show(done, described(values, (done - first_step) / (time.perf_counter() - start)))
             (stop,) = highest(fabric, interrupted())  # the same in all processes; SIGTERM outranks SIGINT
-            if done % CHECKPOINT_EVERY == 0 or done == config.steps or stop:
+            if done % CHECKPOINT_EVERY == 0 or done == settings.steps or stop:
                 on_first(fabric, run.save_checkpoint, done, model, optimizer)
             if stop:
                 break
     if stop == signal.SIGTERM:
         raise SystemExit(128 + stop)
     if stop:
-        return False
+        return None
     on_first(fabric, run.save_model, model.module)
-    return True
+    return copy.deepcopy(model.module)  # a copy is not compiled
 
 
-def untrained_model(config: Config, source: SequenceSource) -> VAE:
-    """The model on the CPU as training finds it: initialised from the seed of the configuration."""
-    torch.manual_seed(config.seed)
+def untrained_model(config: Config, source: SequenceSource) -> SequenceModel:
+    """Make the model on the CPU as training finds it: initialised from the seed of the configuration."""
+    torch.manual_seed(config.training.seed)
     return config.build_model(source.image_shape)
 
 
-def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """The optimiser over all parameters: SGD with momentum, as in the paper, or Adam; fused, one pass over memory."""
-    if config.optimizer == "adam":
-        return Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    return SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum, fused=True)
+def build_optimizer(settings: TrainingSettings, model: nn.Module) -> Optimizer:
+    """Make the optimiser of all parameters: SGD with momentum, as the paper, or Adam; fused, one pass over memory."""
+    if settings.optimizer == "adam":
+        return Adam(model.parameters(), lr=settings.learning_rate, fused=True)
+    return SGD(model.parameters(), lr=settings.learning_rate, momentum=settings.momentum, fused=True)
 
 
 def seed_noise(seed: int, step: int) -> None:
@@ -121,15 +147,19 @@ def seed_noise(seed: int, step: int) -> None:
 
 
 @torch.no_grad()
-def measure(elbo: ELBO, rolls: Neighborhood) -> dict[str, float]:
-    """The metrics of one batch, in nats a frame, and its E_eq under the rolls of the model's topography."""
-    return {
-        "loss": -elbo.total.mean().item(),
-        "log_likelihood": elbo.log_likelihood.mean().item(),
-        "kl_z": elbo.kl_z.mean().item(),
-        "kl_u": elbo.kl_u.mean().item(),
-        "equivariance_error": equivariance_error(elbo.t, rolls, elbo.axis).mean().item(),
-    }
+def measure(elbo: ELBO, rolls: Neighborhood | None) -> dict[str, float]:
+    """Measure one batch: its terms in nats a frame, and for capsules that roll their E_eq."""
+    values = {"loss": -elbo.objective.mean().item()}
+    values |= {name: term.mean().item() for name, term in elbo.terms.items()}
+    if rolls is not None:
+        values["equivariance_error"] = equivariance_error(elbo.t, rolls, elbo.axis).mean().item()
+    return values
+
+
+def described(values: dict[str, float], rate: float) -> str:
+    """Describe the course of training in a few words."""
+    error = f"  E_eq {values['equivariance_error']:.0f}" if "equivariance_error" in values else ""
+    return f"loss {values['loss']:.1f}{error}  {rate:.1f} steps/s"
 
 
 @contextmanager
@@ -137,9 +167,12 @@ def interruption() -> Iterator[Callable[[], int]]:
     """Turn Ctrl-C and SIGTERM into a question asked between steps: the number of the signal, or 0.
 
     The second Ctrl-C interrupts at once. The second SIGTERM does not: a process may get one from its scheduler and one
-    from torchrun.
+    from torchrun. Outside of the main thread, which alone may handle signals, there is nothing to ask.
     """
     caught = [0]
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
 
     def note(signum, frame):
         caught.append(signum)
@@ -151,19 +184,3 @@ def interruption() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def progress_bar(steps: int, first_step: int, visible: bool) -> Iterator:
-    """A bar with loss, E_eq and steps/s, advanced by calling it with the number of steps done and their metrics."""
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not visible) as progress:
-        task = progress.add_task("", total=steps, completed=first_step)
-        start = time.perf_counter()
-
-        def show(done: int, values: dict[str, float]) -> None:
-            rate = (done - first_step) / (time.perf_counter() - start)
-            text = f"loss {values['loss']:.1f}  E_eq {values['equivariance_error']:.0f}  {rate:.1f} steps/s"
-            progress.update(task, completed=done, description=text)
-
-        yield show

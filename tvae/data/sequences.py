@@ -1,0 +1,228 @@
+"""Sequences of images: what a source of them is, and the stream that draws batches from it.
+
+A source turns examples and factors of variation into frames. The stream draws, from a seed, which examples stand in
+batch i, which factor advances in each sequence and where it starts. The draws are made on the CPU and the frames are
+rendered on the source's device, so that one seed means the same sequences on every machine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SPLITS = ("train", "validation", "test")
+EVALUATION_SEED = 2021  # of the fixed test set and of the noise of evaluations, whatever the seed of the run
+_SPLIT, _EPOCH, _BATCH = range(3)  # what a generator is for
+
+
+class DataError(RuntimeError):
+    """Data is missing or is not what it should be; the message says where, what was found, and what to do."""
+
+
+class SequenceBatch(NamedTuple):
+    """A batch of B sequences of S frames, and what is known of them, on the source's device.
+
+    A model takes from it what it needs. Where several processes share a batch, each has a part of it, which knows where
+    it stands in the whole.
+    """
+
+    images: Tensor  # (B, S, channel, height, width) float32 in [0, 1]
+    factors: Tensor | None = None  # (B, S, F) int64: index of each factor of variation in each frame
+    transformation: Tensor | None = None  # (B,) int64: which factor advances (the first, where several do)
+    axis: Tensor | None = None  # (B,) int64: its number among the source's transformations
+    label: Tensor | None = None  # (B,) int64: class of the example, which no sequence changes
+    first: int = 0  # number of the first of these sequences in the whole batch
+    total: int | None = None  # sequences of the whole batch; None where this is all of it
+
+    def select(self, indices: list[int] | Tensor) -> SequenceBatch:
+        """Take some of the sequences, as a batch of their own."""
+        return SequenceBatch(*(None if x is None else x[indices] for x in self[:5]))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of variation: its name, the value behind each of its indices, and whether a sequence may advance it."""
+
+    name: str
+    values: tuple[float, ...]
+    transforms: bool = True
+
+
+class SequenceSource(ABC):
+    """Examples, and the frames that they give at each setting of the factors of variation.
+
+    A source of one's own names its frames' shape and number, counts its examples and renders them. All else has a
+    default: no factors, no classes, no files.
+    """
+
+    name: ClassVar[str]
+    image_shape: tuple[int, int, int]  # channel, height, width
+    sequence_length: int
+    factors: tuple[Factor, ...] = ()
+    classes: tuple[str, ...] = ()  # what the labels stand for
+    combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
+    files: ClassVar[str | None] = None  # folder of the cache that holds what the source reads; None if it reads nothing
+    device: torch.device = torch.device("cpu")
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+
+    @classmethod
+    def open(cls, split: str, data_dir: Path | None, device: torch.device, download: bool) -> SequenceSource:
+        """Make the source of one split, from the files in a folder, which may be downloaded to it.
+
+        Raises:
+            DataError: data is missing or damaged.
+
+        """
+        return cls(device)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each factor."""
+        return tuple(len(factor.values) for factor in self.factors)
+
+    @property
+    def transformations(self) -> dict[int, str]:
+        """Names of the transformations, by the index of the factor that a sequence advances (the first of several)."""
+        names = {index: factor.name for index, factor in enumerate(self.factors) if factor.transforms}
+        return {min(names): " + ".join(names.values())} if self.combined and names else names
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the examples."""
+
+    @abstractmethod
+    def render(self, examples: Tensor, factors: Tensor) -> Tensor:
+        """Draw frames (B, S, channel, height, width) of the examples (B,) at the factors (B, S, F), on the device."""
+
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the factors (B, F) of the first frames of sequences of the examples (B,), uniformly, all on the CPU."""
+        if not self.factors:
+            return torch.zeros(len(examples), 0, dtype=torch.int64)
+        return torch.stack([torch.randint(n, examples.shape, generator=generator) for n in self.sizes], dim=-1)
+
+    def label(self, examples: Tensor, factors: Tensor) -> Tensor | None:
+        """Return the classes (B,) of the examples (B,) at the factors (B, S, F), all on the CPU; None without any."""
+        return None
+
+    def sequences(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> SequenceBatch:
+        """Render sequences from the starts (B, F), in which the factor `transformation` (B,) advances by one a frame.
+
+        It goes on modulo its size; where transformations are combined all factors that transform advance. The arguments
+        are on the CPU, the batch is on the source's device.
+        """
+        factors, *known = (
+            None if x is None else x.to(self.device) for x in self.describe(examples, starts, transformation)
+        )
+        return SequenceBatch(self.render(examples.to(self.device), factors), factors if self.factors else None, *known)
+
+    def describe(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> tuple[Tensor, Tensor | None, ...]:
+        """Return all of a batch but its images, on the CPU: factors, transformation, axis and label."""
+        factors = self.advance(starts, transformation)
+        kind = (transformation, self.axis(transformation)) if self.transformations else (None, None)
+        return factors, *kind, self.label(examples, factors)
+
+    def axis(self, transformation: Tensor) -> Tensor:
+        """Return the numbers (B,) of transformations (B,) among those of the source, from 0; on the CPU."""
+        return torch.searchsorted(torch.tensor(sorted(self.transformations)), transformation)
+
+    def advance(self, starts: Tensor, transformation: Tensor) -> Tensor:
+        """Return the factors (B, S, F) of every frame of the sequences that `sequences` makes, all on the CPU."""
+        if not self.transformations:
+            return starts[:, None].expand(-1, self.sequence_length, -1)
+        step = F.one_hot(transformation, len(self.factors))[:, None]
+        if self.combined:
+            step = torch.tensor([[[int(factor.transforms) for factor in self.factors]]])
+        time = torch.arange(self.sequence_length)[:, None]
+        return (starts[:, None] + time * step) % torch.tensor(self.sizes)
+
+
+class SequenceStream(Dataset[SequenceBatch]):
+    """An endless, seeded stream: `stream[i]` is batch number i, a pure function of (source, batch_size, seed, i).
+
+    Any number of workers and a resumed run therefore see the same batches:
+
+        DataLoader(stream, batch_size=None, num_workers=n, sampler=range(first, last))
+
+    (With workers the source must be on the CPU: a forked process cannot use the GPU.) An epoch visits each example
+    once, in a random order, and leaves out the last, incomplete batch.
+    Start poses and transformations are drawn uniformly, anew for each batch.
+
+    Where several processes share every batch, `rank` is the number of this one and `processes` how many there are: it
+    then draws for the whole batch, but renders the part of it alone, `part`, that is its own.
+
+    Raises:
+        ValueError: the examples cannot fill a batch, or the processes cannot share it equally.
+
+    """
+
+    def __init__(self, source: SequenceSource, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
+        if not 1 <= batch_size <= len(source):
+            raise ValueError(
+                f"batch_size must be between 1 and the {len(source)} examples of {source.name}, got {batch_size}"
+            )
+        if batch_size % processes:
+            raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}")
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        share = batch_size // processes
+        self.part = slice(rank * share, (rank + 1) * share)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of whole batches in one pass over the examples."""
+        return len(self.source) // self.batch_size
+
+    def __getitem__(self, i: int) -> SequenceBatch:
+        return self.source.sequences(*self.draw(i))._replace(first=self.part.start, total=self.batch_size)
+
+    def draw(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Decide what batch i is, on the CPU: examples (B,), starts (B, F) and transformation (B,)."""
+        if i < 0:
+            raise IndexError(f"an endless stream has no batch {i}")
+        epoch, step = divmod(i, self.steps_per_epoch)
+        examples = self._examples_of(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        generator = seeded_generator(self.seed, _BATCH, i)
+        choices = torch.tensor(list(self.source.transformations) or [0])
+        transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator)]
+        starts = self.source.start_poses(examples, generator)
+        return examples[self.part], starts[self.part], transformation[self.part]
+
+    def _examples_of(self, epoch: int) -> Tensor:
+        """Return the examples in the epoch's order; the last epoch asked for is kept."""
+        if epoch != self._epoch:
+            self._order = torch.randperm(len(self.source), generator=seeded_generator(self.seed, _EPOCH, epoch))
+            self._epoch = epoch
+        return self._order
+
+
+@dataclass(frozen=True)
+class FixedSequences:
+    """The sequences that every model is evaluated on, made once and kept: 0.17 MB each of MNIST, 0.25 MB of sprites."""
+
+    source: SequenceSource
+    batches: list[SequenceBatch]
+
+    @classmethod
+    def take(cls, source: SequenceSource, sequences: int, batch_size: int) -> FixedSequences:
+        """Take the first `sequences` of the seeded stream of the test split, rounded up to whole batches."""
+        stream = SequenceStream(source, batch_size, EVALUATION_SEED)
+        return cls(source, [stream[i] for i in range(-(-sequences // batch_size))])
+
+
+def seeded_generator(seed: int, purpose: int = _SPLIT, index: int = 0) -> torch.Generator:
+    """Make a CPU generator for draw number `index` of a purpose, unlike that of any neighbour: SeedSequence mixes."""
+    # 32 bits: torch's CPU generator ignores the others.
+    (state,) = np.random.SeedSequence(seed, spawn_key=(purpose, index)).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(state))

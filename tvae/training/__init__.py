@@ -1,0 +1,7 @@
+"""Training, from data to checkpoint, and the run directories that it leaves."""
+
+from .loop import build_optimizer, train, untrained_model
+from .run import Run, RunError
+from .steps import build_step
+
+__all__ = ["Run", "RunError", "build_optimizer", "build_step", "train", "untrained_model"]
