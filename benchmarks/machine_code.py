@@ -20,6 +20,14 @@ import torch
 
 from tvae_kernels import Neighborhood
 
+from . import records
+from .environment import describe
+from .measuring import progress
+from .records import Record, Result
+from .render import markdown, shape
+
+DEVICES = ("none",)
+SHOWN = ("all",)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -31,6 +39,27 @@ POINTERS = TYPES | {"int32": "*i32", "int64": "*i64"}
 HEADS = ["problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions", "loaded", "stored"]
 FLOOR = {"forward": (2, 1), "backward": (3, 2)}  # elements that must be read and written, an element
 FLOOR_OF_LATENTS = {"forward": (4, 1), "backward": (5, 4)}  # from means and log-variances
+
+
+def run(output: Path | None = None) -> Result:
+    """Compile the kernels ahead of time, for GPUs that need not be there, and count what their machine code does.
+
+    Without `--output` the table in docs/ is made anew.
+
+    Args:
+        output: JSON file to write; by default benchmarks/results/machine-code.json.
+
+    """
+    environment, unit = describe(), "instructions and bytes an element of the result"
+    file = output or records.path("machine-code", environment, "none")
+    result = Result(file, "machine-code", environment, "none", unit, {})
+    kernels = []
+    with progress("machine-code", len(tasks())) as show:
+        for kernel in compile_all():
+            kernels.append(record(kernel))
+            show(len(kernels), f"{kernel.form} for {kernel.target}")
+    result.add(kernels)
+    return Result.read(file)
 
 
 @dataclass(frozen=True)
@@ -282,28 +311,51 @@ def _tool(name: str, compiled, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def content(kernels: list[Kernel], environment: dict) -> dict:
-    """What is worth keeping: all but the assembler."""
-    rows = [{name: value for name, value in asdict(k).items() if name != "text"} for k in kernels]
-    return {"environment": environment, "unit": "instructions and bytes an element of the result", "kernels": rows}
-
-
 def floor(name: str, direction: str) -> tuple[int, int]:
     """Elements that a kernel must read and write, an element of the result."""
     return (FLOOR_OF_LATENTS if name.startswith("latents") else FLOOR)[direction]
 
 
-def rows(kernels: list[dict]) -> list[list[str]]:
-    """A row under `HEADS` for each kernel of a `content`; bytes as counted, and in brackets the least there can be."""
-    result = []
-    for k in kernels:
-        size = getattr(torch, k["type"]).itemsize
-        reads, writes = floor(k["name"], k["direction"])
-        counts = ["", "", ""]
-        if k["loaded"] is not None:
-            loaded, stored = f"{k['loaded']:.1f} ({reads * size})", f"{k['stored']:.1f} ({writes * size})"
-            counts = [f"{k['instructions']:.0f}", loaded, stored]
-        problem = f"{k['form']}: {', '.join(map(str, k['shape']))}; W {k['window'][0]}, K {k['window'][1]}"
-        numbers = [str(k[name]) for name in ("registers", "spilled", "shared")]
-        result.append([problem, k["type"], k["target"], k["direction"], *numbers, *counts])
-    return result
+def record(kernel: Kernel) -> Record:
+    """Keep all but the assembler."""
+    values = {name: value for name, value in asdict(kernel).items() if name != "text"}
+    case = {name: values.pop(name) for name in ("form", "shape", "window", "type", "direction", "name")}
+    return Record(case, values.pop("target"), values=values)
+
+
+def table(result: Result) -> str:
+    """Lay out one target of the three alike, and say what holds for all."""
+    every = result.records
+    shown = [r for r in every if r.variant == "sm_90" and r.values["loaded"] is not None]
+    spilled = sum(r.values["spilled"] > 0 for r in every)
+    e, names = result.environment, ", ".join(dict.fromkeys(r.variant for r in every))
+    text = f"{len(every)} kernels compiled for {names} by triton {e['triton']}, commit {e['commit']}; "
+    text += f"{spilled} of them spill registers. Those for sm_90 whose instructions can be counted:"
+    return f"{text}\n\n{_table(shown, without=('target', 'spilled'))}"
+
+
+def full_table(result: Result) -> str:
+    """Lay out all targets."""
+    return _table(result.records)
+
+
+TABLES = {"": table, "all": full_table}
+
+
+def _table(kernels: list[Record], without: tuple[str, ...] = ()) -> str:
+    """Lay out a row for each kernel; bytes as counted, and in brackets the least there can be."""
+    heads = [name for name in HEADS if name not in without]
+    rows = []
+    for r in kernels:
+        case, values, size = r.case, r.values, getattr(torch, r.case["type"]).itemsize
+        reads, writes = floor(case["name"], case["direction"])
+        window = f"W {case['window'][0]}, K {case['window'][1]}"
+        row = {"problem": f"{case['form']}: {shape(case['shape'])}; {window}", "target": r.variant}
+        row |= {name: case[name] for name in ("type", "direction")}
+        row |= {name: str(values[name]) for name in ("registers", "spilled", "shared")}
+        if values["loaded"] is not None:
+            row["instructions"] = f"{values['instructions']:.0f}"
+            row["loaded"] = f"{values['loaded']:.1f} ({reads * size})"
+            row["stored"] = f"{values['stored']:.1f} ({writes * size})"
+        rows.append([row.get(name, "") for name in heads])
+    return markdown(heads, rows)

@@ -6,19 +6,24 @@ the host takes longer; what is measured here runs on any machine.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from tvae_kernels import operators, topographic
 
 from . import peers
-from .operation import PAPER, Problem
+from .measuring import Say, measure_all
+from .problems import PAPER, Case, Problem
+from .records import Record, Result
+from .render import markdown, where
 
+DEVICES = ("none",)
+SHOWN = ("",)
 CASE = replace(PAPER, shape=(1, *PAPER.shape[1:]))  # a single sequence: the allocator of the CPU should not count
 CALLS = 500  # in a row, for one sample
 
@@ -36,6 +41,23 @@ class Nothing(torch.autograd.Function):
     def backward(ctx, dt):
         """No new tensors."""
         return ctx.saved_tensors
+
+
+def run(samples: int = 15, output: Path | None = None) -> Result:
+    """Time what the host does for a call of the kernels, without launching them.
+
+    It needs no GPU. Without `--output` the table in docs/ is made anew.
+
+    Args:
+        samples: each the mean of many calls.
+        output: JSON file to write; by default benchmarks/results/overhead.json.
+
+    """
+
+    def measured(case: Case, say: Say) -> list[Record]:
+        return [Record(case.fields, call, {"host": times}) for call, times in measure(samples).items()]
+
+    return measure_all("overhead", [CASE], measured, "none", {"samples": samples}, output)
 
 
 def measure(samples: int) -> dict[str, list[float]]:
@@ -87,6 +109,11 @@ def _no_launches() -> Iterator:
         kernels._launch, kernels.interpreted = launch, interpreted
 
 
-def medians(taken: dict[str, list[float]]) -> dict[str, float]:
-    """By way."""
-    return {name: statistics.median(samples) for name, samples in taken.items()}
+def table(result: Result) -> str:
+    """Lay out the medians."""
+    text = f"Measured {where(result, ('torch', 'Python'))}"
+    rows = [[record.variant, f"{record.median('host'):.0f} us"] for record in result.records]
+    return f"{text}\n\n{markdown(['call', 'time of the host'], rows)}"
+
+
+TABLES = {"": table}
