@@ -53,7 +53,7 @@ def run(data_dir: Path | None = None, steps: int = 50, sequences: int = 40, outp
 
 @dataclass(frozen=True)
 class Case:
-    """A preset."""
+    """Names a preset."""
 
     preset: str
     config: Config
@@ -77,7 +77,7 @@ def cases(data_dir: Path | None) -> list[Case]:
 
 @dataclass(frozen=True)
 class Training:
-    """One way to train a preset: with which steps, in which precision, from weights that are nudged or not."""
+    """Says how to train a preset: with which steps, in which precision, from weights that are nudged or not."""
 
     name: str
     variant: Variant

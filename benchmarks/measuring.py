@@ -1,12 +1,13 @@
-"""What all commands do alike: take the cases one by one, show where they are, keep what is there, sample in turn."""
+"""What all commands do alike: choose cases, take them one by one, show progress, write results, sample in turn."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,7 +19,6 @@ from .records import Record, Result
 FEWEST_SAMPLES = 3
 PAUSE = 30  # seconds between lines of progress in a file
 Say = Callable[[str], object]
-Item = TypeVar("Item")
 console = Console()
 
 
@@ -27,7 +27,7 @@ def silent(what: str) -> None:
 
 
 class Case(Protocol):
-    """What is measured at once."""
+    """Says what is measured at once."""
 
     @property
     def name(self) -> str:
@@ -86,6 +86,19 @@ def measure_all(
     return Result.read(file)
 
 
+def matching(cases: Sequence[Case], match: str) -> list[Case]:
+    """Choose the cases whose names contain a regular expression.
+
+    Raises:
+        SystemExit: there is none.
+
+    """
+    chosen = [case for case in cases if re.search(match, case.name)]
+    if not chosen:
+        raise SystemExit(f"no case matches {match!r}; there is {cases[0].name!r}, for one")
+    return chosen
+
+
 @contextmanager
 def progress(
     title: str,
@@ -114,7 +127,7 @@ def progress(
             yield lambda done, what: bar.update(task, completed=done, description=what)
         return
     begin = last = clock()
-    console.print(f"{title}: {total} cases", soft_wrap=True)
+    console.print(f"{title}: {total} case{'s' * (total != 1)}", soft_wrap=True)
 
     def show(done: int, what: str) -> None:
         nonlocal last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from . import devices, peers, render, targets
-from .measuring import Say, in_turn, measure_all, reason, silent
+from .measuring import Say, in_turn, matching, measure_all, reason, silent
 from .problems import FLOOR, PAPER, Case, Copies, Judge, Problem, sample, sampler
 from .records import Record, Result, tenths
 from .render import markdown, milliseconds, where
@@ -77,19 +76,6 @@ def cases(device_type: str) -> list[Case]:
     ]
 
 
-def matching(cases: list[Case], match: str) -> list[Case]:
-    """Choose the cases whose names contain a regular expression.
-
-    Raises:
-        SystemExit: there is none.
-
-    """
-    chosen = [case for case in cases if re.search(match, case.name)]
-    if not chosen:
-        raise SystemExit(f"no case matches {match!r}; there is {PAPER.name!r}, for one")
-    return chosen
-
-
 def measure(
     case: Case,
     say: Say = silent,
@@ -128,7 +114,7 @@ def measure(
         say(f"check {name}")
         try:
             errors[name] = judge.check(name, problems[0], call)
-            memory[name] = _peaks(case, device, problems[1], call)
+            memory[name] = problems[1].peaks(call)
         except RuntimeError as error:
             if name == next(iter(calls)):
                 raise
@@ -149,13 +135,6 @@ def peers_of(case: Case, device_type: str) -> list[str]:
     return [name for name in every if name != "convolution" or case.time_window == CONVOLVED_WINDOW]
 
 
-def _peaks(case: Case, device: torch.device, problem: Problem, call: Callable) -> dict[str, int]:
-    """Measure the peak in bytes with the inputs: `z` and `u` forward, and `dt` both ways."""
-    forward = devices.peak_memory(device, lambda: problem.forward(call))
-    both = devices.peak_memory(device, lambda: problem.both(call))
-    return {"forward": 2 * case.tensor_bytes + forward, "both": 3 * case.tensor_bytes + both}
-
-
 def measure_latency(device: torch.device, samples: int) -> list[Record]:
     """Time graph replays and the host at the paper's size; see `devices.latency`."""
     problem = Problem.random(PAPER, device, seed=0)
@@ -168,7 +147,7 @@ def measure_latency(device: torch.device, samples: int) -> list[Record]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One case with the records of its peers; "ours" and "compiled", the fastest compiled reference, are names, too."""
+    """Holds the records of one case; "ours" and "compiled", the fastest compiled reference, are names of peers, too."""
 
     case: Case
     ours: str

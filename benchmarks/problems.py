@@ -12,14 +12,14 @@ from torch import Tensor
 
 from tvae_kernels import Neighborhood, topographic
 
-from . import peers
+from . import devices, peers
 
 FLOOR = {"forward": 3, "backward": 5, "both": 8}  # tensors that must move: z, u, t; dt, z, u, dz, du; all of them
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size: `z` and `u` of `shape` `(B, S, C, D)` and type `dtype`, a window of W frames and K positions."""
+    """Gives shape `(B, S, C, D)` and type of `z` and `u`, and a window of W frames and K positions."""
 
     shape: tuple[int, int, int, int]
     time_window: int
@@ -95,9 +95,15 @@ class Problem:
         gradients = torch.autograd.grad(t, tuple(self.inputs.values()), self.dt)
         return {"t": t.detach()} | {f"d{name}": x for name, x in zip(self.inputs, gradients, strict=True)}
 
+    def peaks(self, call: Callable) -> dict[str, int]:
+        """Measure the peak in bytes with the inputs: `z` and `u` forward, and `dt` both ways."""
+        forward = devices.peak_memory(self.z.device, lambda: self.forward(call))
+        both = devices.peak_memory(self.z.device, lambda: self.both(call))
+        return {"forward": 2 * self.z.nbytes + forward, "both": 3 * self.z.nbytes + both}
+
 
 class WrongResultError(AssertionError):
-    """Something does not compute what it is compared with: nothing is timed."""
+    """Says that something does not compute what it is compared with: nothing is timed."""
 
 
 @dataclass
@@ -158,7 +164,7 @@ class Judge:
 
 
 class Copies:
-    """Is the floor: copies that read and write as many bytes as the operation has to, in rotated buffers."""
+    """Copies as many bytes as the operation has to read and write, in rotated buffers: the floor."""
 
     def __init__(self, case: Case, device: torch.device, count: int):
         self.case = case

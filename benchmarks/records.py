@@ -4,7 +4,7 @@
      "environment": {"cpu": ..., "commit": ...},    hardware, versions, commit and date
      "device": "cpu",                               or "cuda", or "none" where nothing ran on either
      "unit": "us",                                  of the samples, or "none" without
-     "settings": {"samples": 15, ...},              that the command was given
+     "settings": {"samples": 15, ...},              the command's options, and what its tables need
      "records": [
       {"case": {"shape": [8, 18, 18, 18], ...},     what was measured, by named fields
        "variant": "torch",                          which of the things that are compared
@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Record:
-    """One variant of one case, as it was measured: see the module for what the fields hold."""
+    """Holds one variant of one case, as it was measured: see the module for what the fields hold."""
 
     case: dict
     variant: str
@@ -53,7 +53,7 @@ class Record:
 
 @dataclass
 class Result:
-    """A result and the file that it is written to."""
+    """Holds what a command has measured, and the file that it is written to."""
 
     file: Path
     command: str

@@ -5,17 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from .render import MARKS, markdown
 
-Item = TypeVar("Item")
 Figures = list[tuple[float, str]]  # of cases, with their names
 
 
 @dataclass(frozen=True)
 class Target:
-    """A promise, what was measured of it, and whether it holds; None where there are no samples for it."""
+    """Puts beside a promise what was measured of it, and whether it holds; None where there are no samples for it."""
 
     promise: str
     measured: str = "not measured"

@@ -56,7 +56,7 @@ def run(samples: int = 30, output: Path | None = None) -> Result:
 
 @dataclass(frozen=True)
 class Topography:
-    """A preset's layer, for `z` of `shape` `(B, S, C, D)`.
+    """Describes a preset's layer, for `z` of `shape` `(B, S, C, D)`.
 
     Each capsule may have learned a window of its own, and each sequence may come with the axis along which it rolls.
     """

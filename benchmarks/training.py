@@ -62,7 +62,7 @@ def run(data_dir: Path | None = None, samples: int = 50, output: Path | None = N
 
 @dataclass(frozen=True)
 class Case:
-    """A preset at some batch."""
+    """Names a preset at some batch."""
 
     preset: str
     config: Config
@@ -143,7 +143,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Measured:
-    """The records of one case, by variant."""
+    """Holds the records of one case, by variant."""
 
     records: dict[str, Record]
 

@@ -35,7 +35,7 @@ def config_of(preset: str, data_dir: Path | None = None, times: int = 1) -> Conf
 
 
 class GivenNoise(TopographicLayer):
-    """Is ours with noise drawn by PyTorch, as the other layers' is: kernels draw their own.
+    """Computes ours with noise that PyTorch draws, as for the other layers: kernels draw their own.
 
     It takes over the parameters of the layer that it replaces.
     """
@@ -50,7 +50,7 @@ class GivenNoise(TopographicLayer):
 
 
 class Convolution(GivenNoise):
-    """Is the layer of the code published with the paper, for plain windows, which know no axes."""
+    """Computes the layer as the code published with the paper does, for plain windows, which know no axes."""
 
     def __init__(self, layer: TopographicLayer, convolve: Callable[..., Tensor] = peers.convolution):
         super().__init__(layer)
@@ -73,7 +73,7 @@ def reference(layer: TopographicLayer) -> TopographicLayer:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take a step: which layer stands in place of the model's own, and which kind of step it is."""
+    """Says how to take a step: with which layer in place of the model's own, and by which kind of step."""
 
     layer: Callable[[TopographicLayer], nn.Module] = lambda layer: layer
     step: StepKind = "eager"
@@ -138,7 +138,7 @@ class Trainer:
 
 
 class Products:
-    """Is the floor: the matrix products of a step alone, forward, for the weights' gradients, and for the inputs'."""
+    """Takes the matrix products of a step alone, the floor: forward, for the weights' gradients, and the inputs'."""
 
     def __init__(self, config: Config, source: SequenceSource):
         self.operands: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -162,12 +162,6 @@ def test_cases_fit_their_axes_and_have_distinct_names():
     assert operation.PAPER in operation.cases("cpu")
 
 
-def test_cases_are_chosen_by_their_names():
-    cases = [Case((1, 4, 1, 4), window, 3) for window in (1, 2, 3)]
-    assert operation.matching(cases, "W[12] ") == cases[:2]
-    assert operation.matching(cases, "") == cases
-
-
 def test_a_measured_result_has_all_tables(tmp_path):
     def measure(case, say):
         calls = {name: peers.build(name, case.neighborhood) for name in ("torch", "reference")}
