@@ -17,7 +17,7 @@ def show(result: Result) -> None:
     command = load(result.command)
     for name in command.SHOWN:
         text = command.TABLES[name](result)
-        console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
+        console.print(Markdown(text) if console.is_terminal else f"{text}\n", markup=False, soft_wrap=True)
     console.print(f"written to {result.file}", soft_wrap=True)
 
 

@@ -114,6 +114,14 @@ def test_measure_keeps_every_sample_and_says_which_peer_could_not_run():
         operation.measure(SMALL, device=CPU, samples=1, calls={"torch": broken}, cache=CACHE)
 
 
+def test_peak_memory_counts_the_inputs():
+    problem = Problem.random(SMALL, CPU, seed=0)
+    size = SMALL.tensor_bytes
+    peaks = problem.peaks(lambda z, u, mu: torch.addcmul(mu, z, u))
+    assert peaks["forward"] == 3 * size  # z, u, t
+    assert 6 * size < peaks["both"] <= 7 * size  # z, u, t, dt, dz, du, and what is summed up in dmu
+
+
 def test_the_convolution_is_timed_for_one_window_only():
     for device_type, names in peers.NAMES.items():
         assert operation.peers_of(PAPER, device_type) == [*names]
