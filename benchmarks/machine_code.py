@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from tvae_kernels import Neighborhood
+from tvae_kernels import Neighborhood, backends
+from tvae_kernels.arguments import Inputs, Noise, Window, compute_dtype
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -124,21 +125,13 @@ def compile_all() -> Iterator[Kernel]:
 
 def compile_one(task: _Task) -> Kernel:
     """Compile a kernel for the arguments of a real launch, the way Triton would there."""
-    from tvae_kernels import kernels
+    from tvae_kernels.backends.triton import launch
 
-    if kernels.interpreted():
+    if launch.interpreted():
         raise RuntimeError("kernels are not compiled where TRITON_INTERPRET is set")
-    launches = []
-
-    def record(x, kernel, grid, *args, **options):
-        launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | options))
-
-    launch, kernels._launch = kernels._launch, record
-    try:
-        _call(kernels, task)
-    finally:
-        kernels._launch = launch
-    kernel, arguments = launches[-1]
+    with launch.recorded() as launches:
+        _call(task)
+    kernel, _, arguments = launches[-1]
     compiled = _compile(kernel, arguments, TARGETS[task.target])
     nvidia = "cubin" in compiled.asm
     resources = _nvidia(compiled) if nvidia else _amd(compiled)
@@ -158,29 +151,30 @@ def compile_one(task: _Task) -> Kernel:
     )
 
 
-def _call(kernels, task: _Task) -> None:
+def _call(task: _Task) -> None:
     """One direction of the operation on tensors without memory."""
     form = task.form
     x = torch.empty(form.shape, dtype=getattr(torch, task.type), device="meta")
     if form.latents:
-        return _call_latents(kernels, task, x)
+        return _call_latents(task, x)
     u = x.new_empty(form.neighborhood.shape_of_u(form.shape))
-    accumulator = kernels.compute_dtype(x.dtype)
+    accumulator = compute_dtype(x.dtype)
     mu = torch.empty((), dtype=accumulator, device="meta")
     weights = torch.empty(form.neighborhood.weights_shape, dtype=accumulator, device="meta") if form.weighted else None
-    _, r = kernels.forward(x, u, mu, weights, form.neighborhood, 1e-6, True)
+    inputs, window = Inputs(x, u, mu, weights), Window(form.neighborhood, 1e-6)
+    _, r = backends.forward("triton", inputs, window, True)
     if task.direction == "backward":
-        kernels.backward(x, x, u, mu, weights, r, form.neighborhood, 1e-6)
+        backends.backward("triton", inputs, window, r, x)
 
 
-def _call_latents(kernels, task: _Task, x: torch.Tensor) -> None:
-    (B, S, C, D), accumulator = x.shape, kernels.compute_dtype(x.dtype)
+def _call_latents(task: _Task, x: torch.Tensor) -> None:
+    (B, S, C, D), accumulator = x.shape, compute_dtype(x.dtype)
     z, mu, kl = x.new_empty(B, S, 2, C, D), x.new_empty((), dtype=accumulator), x.new_empty(B, S, dtype=accumulator)
     seed = x.new_empty(1, dtype=torch.int64)
-    arguments = z, z, mu, None, None, seed, 0, task.form.neighborhood, 1e-6
-    kernels.latents_forward(*arguments)
+    arguments = Inputs(z, z, mu, None), Window(task.form.neighborhood, 1e-6), Noise(None, None, seed)
+    backends.latents_forward(*arguments)
     if task.direction == "backward":
-        kernels.latents_backward(x, kl, kl, *arguments)
+        backends.latents_backward(*arguments, x, kl, kl)
 
 
 def _compile(kernel, arguments: dict, target: tuple):
@@ -227,7 +221,7 @@ def _amd(compiled) -> dict:
 
 def _traffic(compiled, kernel, arguments: dict, task: _Task) -> dict:
     """Counted in the machine code of NVIDIA's kernels without loops; lanes that hold nothing load nothing."""
-    from tvae_kernels.kernels_plain import Plan
+    from tvae_kernels.backends.triton.lanes import Plan
 
     nothing = {"instructions": None, "halo": None, "loaded": None, "stored": None}
     if "cubin" not in compiled.asm or not isinstance(arguments["P"], Plan):

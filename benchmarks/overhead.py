@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from tvae_kernels import operators, topographic
+from tvae_kernels import backends, topographic
+from tvae_kernels.arguments import Inputs, Window
 
 from . import peers
 from .operation import PAPER, Problem
@@ -40,7 +40,9 @@ class Nothing(torch.autograd.Function):
 
 def measure(samples: int) -> dict[str, list[float]]:
     """Microseconds of the host for one call, by the way it is called."""
-    with _no_launches() as kernels:
+    from tvae_kernels.backends.triton import launch, plain
+
+    with launch.intercepted(lambda *args, **options: None):
         problem = Problem.random(CASE, torch.device("cpu"), seed=0)
         n, eps = CASE.neighborhood, peers.EPS
         z, u, mu = (x.detach() for x in (problem.z, problem.u, problem.mu))
@@ -51,12 +53,12 @@ def measure(samples: int) -> dict[str, list[float]]:
         def nothing(z, u, mu):
             return Nothing.apply(z, u, mu)
 
-        operator = operators.OPERATORS["triton"]
+        inputs, window = Inputs(z, u, mu, None), Window(n, eps)
         ways = {
             "a Function that does nothing, forward": lambda: problem.forward(nothing),
             "a Function that does nothing, forward and backward": lambda: problem.both(nothing),
-            "kernels.forward, direct": lambda: kernels.forward(z, u, mu, None, n, eps, True),
-            "kernels.forward as an operator": lambda: operator.forward(z, u, mu, None, n, eps, True),
+            "kernels.forward, direct": lambda: plain.forward(inputs, window, True),
+            "kernels.forward as an operator": lambda: backends.forward.operator("triton", inputs, window, True),
             "topographic, forward": lambda: problem.forward(call),
             "topographic, forward and backward": lambda: problem.both(call),
         }
@@ -72,19 +74,6 @@ def _microseconds(way: Callable[[], object]) -> float:
     for _ in range(CALLS):
         way()
     return 1e6 * (time.thread_time() - begin) / CALLS
-
-
-@contextmanager
-def _no_launches() -> Iterator:
-    """The kernels' module, made to accept tensors on the CPU and to launch nothing."""
-    from tvae_kernels import kernels
-
-    launch, interpreted = kernels._launch, kernels.interpreted
-    kernels._launch, kernels.interpreted = lambda *args, **options: None, lambda: True
-    try:
-        yield kernels
-    finally:
-        kernels._launch, kernels.interpreted = launch, interpreted
 
 
 def medians(taken: dict[str, list[float]]) -> dict[str, float]:

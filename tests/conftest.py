@@ -13,7 +13,7 @@ from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when tvae_kernels.kernels is first imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when tvae_kernels.backends.triton is first imported
 os.environ.pop("TVAE_KERNELS_BACKEND", None)  # each test names its backend
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tvae_kernels import Neighborhood, reference, topographic
-from tvae_kernels.reference import compute_dtype
+from tvae_kernels.arguments import compute_dtype
 
 MU_SHAPES = {"none": None, "scalar": (), "capsule": ("C", 1), "position": ("D",), "each": ("C", "D")}
 
@@ -50,9 +50,9 @@ def window_matrix(
 
 def interpreted() -> bool:
     """Whether the triton backend runs in the interpreter."""
-    from tvae_kernels import kernels
+    from tvae_kernels.backends.triton import launch
 
-    return kernels.interpreted()
+    return launch.interpreted()
 
 
 @dataclass

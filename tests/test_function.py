@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from tvae_kernels import Neighborhood, fallback, function, topographic
-from tvae_kernels.function import resolve_backend
+from tvae_kernels import Neighborhood, function, topographic
+from tvae_kernels.backends import resolve_backend
+from tvae_kernels.backends.torch import plain
 
 SHAPE = (2, 4, 2, 3)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -88,7 +89,7 @@ def test_all_of_these_are_legal():
 # --- the choice of a backend ------------------------------------------------------------------------------------------
 
 
-def test_auto_is_the_fallback_on_the_cpu():
+def test_auto_is_torch_on_the_cpu():
     assert resolve_backend("auto", CPU) == "torch"
 
 
@@ -123,7 +124,7 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
         original = getattr(module, attribute)
         monkeypatch.setattr(module, attribute, lambda *args, **options: ran.append(name) or original(*args, **options))
 
-    spy(fallback, "forward", "torch")
+    spy(plain, "forward", "torch")
     spy(function, "_apply", "function")
     topographic(ones(), ones(), backend="reference")
     assert ran == []
@@ -132,15 +133,13 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
     assert ran == ["function", "torch"] * 2
 
 
-def test_the_named_triton_is_the_kernels(monkeypatch, triton, device):
-    from tvae_kernels import kernels
+def test_the_named_triton_is_the_kernels(triton, device):
+    from tvae_kernels.backends.triton import launch
 
-    ran = []
-    for name in ("forward", "backward"):
-        original = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, _f=original, _n=name, **o: ran.append(_n) or _f(*a, **o))
-    topographic(ones().to(device).requires_grad_(), ones().to(device), backend=triton).sum().backward()
-    assert ran == ["forward", "backward"]
+    with launch.recorded() as launches:
+        topographic(ones().to(device).requires_grad_(), ones().to(device), backend=triton).sum().backward()
+    names = [launched.kernel.fn.__name__ for launched in launches]
+    assert names == ["tile_forward_kernel", "tile_backward_kernel"]
 
 
 # --- in a fresh process -----------------------------------------------------------------------------------------------

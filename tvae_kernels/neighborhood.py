@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
@@ -19,14 +20,14 @@ class Tap(NamedTuple):
     """One term of a window sum: `weight · x` of the element `time` frames and `offsets` positions further on.
 
     The offsets are real numbers, one for each axis of the capsule; `window` of them along the capsule do not depend on
-    time, the rest is the roll. `root` and `weight` say to which root the term belongs and which weight it has.
+    time, `roll` does. `root` and `number` say to which root the term belongs and which of the weights it has.
     """
 
     time: int
     roll: tuple[float, ...]
     window: tuple[int, ...]
     root: int
-    weight: int
+    number: int
 
     @property
     def offsets(self) -> tuple[float, ...]:
@@ -82,7 +83,7 @@ class Neighborhood:
     roll: Roll = "linear"
 
     def __post_init__(self):
-        _check_integer("time_window", self.time_window, 1)
+        self._set("time_window", _integral("time_window", self.time_window))
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be True or False, got {self.causal!r}")
         for name, kind in (
@@ -95,9 +96,7 @@ class Neighborhood:
                 choices = " or ".join(f'"{choice}"' for choice in get_args(kind))
                 raise ValueError(f"{name} must be {choices}, got {getattr(self, name)!r}")
         if self.axes is not None:
-            self._set("axes", _numbers("axes", self.axes))
-            for size in self.axes:
-                _check_integer("axes", size, 1)
+            self._set("axes", tuple(_integral("axes", size) for size in _numbers("axes", self.axes)))
             if not 1 <= len(self.axes) <= 3:
                 raise ValueError(f"axes must be 1 to 3 numbers, got {self.axes}")
         self._set("capsule_window", self._for_each_axis("capsule_window", _integral))
@@ -110,10 +109,33 @@ class Neighborhood:
             raise ValueError(f'a root for "each axis" needs axes, got {self.axes}')
         if self.roll == "fourier" and (self.is_multidimensional or self.capsule_boundary != "circular"):
             raise ValueError('roll "fourier" needs capsules of one circular axis')
-        # Made here, because a compiler that traces a call cannot do it: the text for `operators`, and for `along`
-        # the neighbourhood of each axis that has a root.
-        self._set("alone", tuple(self._of_axis(axis) for axis in range(self.root_count)) if self.root_count > 1 else ())
-        self._set("text", json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+        self._derive()
+
+    def _derive(self) -> None:
+        """Make what follows from the fields once: it is asked for at every call, and a compiler cannot make it then."""
+        padded = "padded" in (self.time_boundary, self.capsule_boundary)
+        whole = not self.is_multidimensional and isinstance(self.shift, int) and self.speeds is None
+        self._set("_plain", whole and not padded)
+        self._set("_text", json.dumps(self._values()))
+        self._set("_hash", hash(tuple(self._values().values())))
+        roots = range(self.root_count if self.root_count > 1 else 0)
+        self._set("_by_axis", tuple(self._of_axis(axis) for axis in roots))
+        self._set("_by_capsule", tuple(self._of_speed(speed) for speed in self.speeds or ()))
+        is_open = self.time_boundary == "padded"
+        self._set("_with_padded_time", self if is_open else replace(self, time_boundary="padded"))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict:
+        return self._values()
+
+    def __setstate__(self, state: dict) -> None:
+        # Whatever else a pickle of another version holds, it holds the fields.
+        self.__init__(**{name: value for name, value in state.items() if name in self.__dataclass_fields__})
+
+    def _values(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
@@ -139,12 +161,22 @@ class Neighborhood:
     @property
     def is_plain(self) -> bool:
         """Whether the window moves by whole positions along one axis, alike in all capsules, and `u` is like `z`."""
-        return (
-            not self.is_multidimensional
-            and isinstance(self.shift, int)
-            and self.speeds is None
-            and "padded" not in (self.time_boundary, self.capsule_boundary)
-        )
+        return self._plain
+
+    @property
+    def by_phase(self) -> bool:
+        """Whether the window rolls by phase shifts of `u`; where it is plain, whole rolls are the same."""
+        return self.roll == "fourier" and not self._plain
+
+    @property
+    def text(self) -> str:
+        """The fields as JSON, from which `read` makes an equal neighbourhood."""
+        return self._text
+
+    @property
+    def with_padded_time(self) -> Neighborhood:
+        """The same window where the frames of `u` around those of `z` are known."""
+        return self._with_padded_time
 
     @property
     def time_taps(self) -> range:
@@ -174,10 +206,11 @@ class Neighborhood:
 
     def of_capsule(self, c: int) -> Neighborhood:
         """The neighbourhood of one capsule, which has its own speed."""
-        if self.speeds is None:
-            return self
+        return self if self.speeds is None else self._by_capsule[c]
+
+    def _of_speed(self, speed: float) -> Neighborhood:
         shift = self.shift if self.is_multidimensional else (self.shift,)
-        shift = tuple(s * self.speeds[c] for s in shift)
+        shift = tuple(s * speed for s in shift)
         return replace(self, speeds=None, shift=shift if self.is_multidimensional else shift[0])
 
     def along(self, axis: int) -> Neighborhood:
@@ -187,9 +220,9 @@ class Neighborhood:
             ValueError: there is no such axis, or no root for each.
 
         """
-        if not isinstance(axis, Integral) or not 0 <= axis < len(self.alone):
+        if not isinstance(axis, Integral) or not 0 <= axis < len(self._by_axis):
             raise ValueError(f"axis must be one of those that have a root each, got {axis!r} for {self}")
-        return self.alone[axis]
+        return self._by_axis[axis]
 
     def _of_axis(self, axis: int) -> Neighborhood:
         keep = [a == axis for a in range(len(self.axes))]
@@ -240,7 +273,7 @@ class Neighborhood:
             return batch, steps, capsules, dim
         (before, after), capsule = self.padding()
         lengths = self.lengths(dim)
-        padded = math.prod([n + sum(more) for n, more in zip(lengths, capsule, strict=True)])
+        padded = math.prod([n + sum(padding) for n, padding in zip(lengths, capsule, strict=True)])
         return batch, before + steps + after, capsules, padded
 
     def check_fits(self, time: int, dim: int, capsules: int | None = None) -> None:
@@ -268,6 +301,12 @@ class Neighborhood:
         for name, window, boundary, axis, size in checks:
             if boundary == "circular" and window > size:
                 raise ValueError(f"a circular {name} of {window} does not fit {size} {axis}")
+
+
+@lru_cache(maxsize=1024)
+def read(text: str) -> Neighborhood:
+    """The neighbourhood whose `text` it is, parsed once: the text stands for it where an operator takes no objects."""
+    return Neighborhood(**json.loads(text))
 
 
 def corners(offsets: tuple[float, ...]) -> list[tuple[float, tuple[int, ...]]]:

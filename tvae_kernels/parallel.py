@@ -10,13 +10,12 @@ belong: borrowing and giving back are transposes of each other.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .function import check_arguments, topographic
+from .arguments import Inputs, Window, check
+from .function import topographic
 from .neighborhood import Neighborhood
 
 
@@ -34,7 +33,7 @@ def topographic_split(
 
     Equivalent to the part of this process of `topographic` on the whole sequence, and to::
 
-        topographic(z, exchange_halo(u, neighborhood, group), mu, replace(neighborhood, time_boundary="padded"), ...)
+        topographic(z, exchange_halo(u, neighborhood, group), mu, neighborhood.with_padded_time, ...)
 
     Every process calls it, and asks for the gradient if any does. The gradients of `z` and `u` are those of the whole
     sequence; those of `mu` and `weights` are the terms of this part, to be summed over the processes.
@@ -58,9 +57,9 @@ def topographic_split(
 
     """
     # Before anything is exchanged: a process that fails alone leaves the others waiting.
-    check_arguments(z, u, mu, neighborhood, weights, eps)
+    check(Inputs(z, u, mu, weights), Window(neighborhood, eps))
     u = exchange_halo(u, neighborhood, group)
-    return topographic(z, u, mu, replace(neighborhood, time_boundary="padded"), weights, eps, backend)
+    return topographic(z, u, mu, neighborhood.with_padded_time, weights, eps, backend)
 
 
 def exchange_halo(u: Tensor, neighborhood: Neighborhood, group: dist.ProcessGroup | None = None) -> Tensor:

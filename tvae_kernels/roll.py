@@ -11,7 +11,7 @@ from torch import Tensor
 from .neighborhood import Neighborhood, corners
 
 
-def along(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, length: int | None = None) -> Tensor:
+def moved(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, length: int | None = None) -> Tensor:
     """`x` of the element `offset` further on along one axis: around the circle, 0 outside, or out of the padding.
 
     Args:
@@ -33,13 +33,13 @@ def along(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, len
     return F.pad(x, (0, 0) * after_it + (-offset, offset))
 
 
-def at(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengths=None) -> Tensor:
+def interpolated(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengths=None) -> Tensor:
     """`x` at real offsets along its last axes, one for each, interpolated linearly between whole ones (Eq. 19).
 
     Args:
         x: `(..., D1, D2, ...)`.
         offsets: one for each of the last axes.
-        boundary: of these axes, as in `along`.
+        boundary: of these axes, as in `moved`.
         padding: of each axis, before and after it.
         lengths: of each axis without its padding.
 
@@ -51,7 +51,7 @@ def at(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengt
     for coefficient, whole in corners(offsets):
         part = x
         for axis, offset in enumerate(whole):
-            part = along(part, first + axis, offset, boundary, padding[axis][0], lengths[axis])
+            part = moved(part, first + axis, offset, boundary, padding[axis][0], lengths[axis])
         if coefficient != 1:
             part = coefficient * part
         total = part if total is None else total + part
@@ -103,4 +103,4 @@ def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int
     if neighborhood.roll == "fourier":
         return phase_shifted(t, offsets[0])
     boundary = "circular" if neighborhood.capsule_boundary == "circular" else "zero"
-    return at(t.unflatten(-1, neighborhood.lengths(t.shape[-1])), offsets, boundary).flatten(t.ndim - 1)
+    return interpolated(t.unflatten(-1, neighborhood.lengths(t.shape[-1])), offsets, boundary).flatten(t.ndim - 1)
