@@ -1,11 +1,15 @@
 """The operation inside PyTorch's program transformations and between processes."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from tvae_kernels import Neighborhood, TopographicLayer, backends, topographic
+from tvae_kernels import Neighborhood, TopographicLayer, backends, roll_capsules, topographic, topographic_split
 from tvae_kernels.neighborhood import read
 
 NEIGHBORHOOD = Neighborhood(5, 3)
@@ -172,6 +176,113 @@ def test_exported_program_gives_the_same(transformed_backend):
     z, u = normal(*SHAPE, seed=1).float(), normal(*SHAPE, seed=2).float()
     program = torch.export.export(layer, (z, u)).module()
     torch.testing.assert_close(program(z, u), layer(z, u))
+
+
+# A window of each file of a backend.
+FILES = {
+    "plain": Neighborhood(3, 2),
+    "taps": Neighborhood(3, 2, 0.5),
+    "fourier": Neighborhood(3, 2, 0.5, roll="fourier"),
+}
+files = pytest.mark.parametrize("neighborhood", FILES.values(), ids=FILES)
+
+
+@quiet
+@files
+def test_compilers_are_told_what_results_are(transformed_backend, neighborhood):
+    """Also of tensors that are not contiguous: shapes, types and strides."""
+    z, u, dt = (normal(1, 4, 2, 4, seed=s).transpose(1, 3) for s in (1, 2, 3))
+    arguments = z, u, torch.tensor(0.3, dtype=z.dtype), normal(3, 2, seed=4).abs(), neighborhood.text, 1e-6
+    forward, backward = backends.forward.registered, backends.backward.registered
+    torch.library.opcheck(forward, (transformed_backend, *arguments, True))
+    r = forward(transformed_backend, *arguments, True)[1]
+    torch.library.opcheck(backward, (transformed_backend, *arguments, r, dt))
+
+
+@files
+def test_a_call_with_fake_tensors_leaves_nothing_behind(transformed_backend, neighborhood):
+    z, u = (normal(1, 4, 2, 4, seed=s) for s in (1, 2))
+    with FakeTensorMode() as mode:
+        fake = topographic(
+            mode.from_tensor(z).requires_grad_(), mode.from_tensor(u), 0.3, neighborhood, backend=transformed_backend
+        )
+        fake.sum().backward()
+    assert fake.shape == z.shape
+
+    def call(z, u):
+        return topographic(z, u, 0.3, neighborhood, backend=transformed_backend)
+
+    traced = make_fx(call, tracing_mode="fake")(z, u)
+    assert torch.equal(traced(z, u), call(z, u))
+    assert_equal_up_to_rounding(call(z, u), topographic(z, u, 0.3, neighborhood, backend="reference"))
+
+
+@files
+def test_tensors_without_memory_have_shapes(neighborhood):
+    z, u = (torch.empty(1, 4, 2, 4, device="meta", requires_grad=True) for _ in range(2))
+    t = topographic(z, u, 0.3, neighborhood)
+    t.sum().backward()
+    assert t.is_meta
+    assert t.shape == z.grad.shape == u.grad.shape == z.shape
+
+
+@quiet
+@files
+def test_sizes_and_eps_may_be_variables(transformed_backend, neighborhood):
+    torch._dynamo.reset()
+    z, u = (normal(2, 4, 2, 4, seed=s) for s in (1, 2))
+    compiled = torch.compile(lambda layer, z, u: layer(z, u), dynamic=True, fullgraph=True, backend="aot_eager")
+    for eps in (1e-6, 0.5):
+        layer = TopographicLayer(neighborhood, 0.3, eps, transformed_backend)
+        assert_equal_up_to_rounding(compiled(layer, z, u), layer(z, u))
+
+
+@quiet
+@pytest.mark.parametrize("roll", ["linear", "fourier"])
+def test_what_a_neighborhood_is_part_of_compiles(transformed_backend, roll):
+    """Streams, split sequences, rolls and speeds, in one graph."""
+    z, u = (normal(2, 4, 2, 4, seed=s) for s in (1, 2))
+    causal = Neighborhood(3, 2, causal=True, time_boundary="zero", roll=roll)
+    speeds = Neighborhood(3, 2, speeds=(1, 0.5), roll=roll)
+    layer = TopographicLayer(causal, 0.3, backend=transformed_backend)
+    for call in (
+        lambda z, u: layer.step(z, u)[0],
+        lambda z, u: topographic_split(z, u, 0.3, causal, backend=transformed_backend),
+        lambda z, u: roll_capsules(z, 2, speeds),
+        lambda z, u: topographic(z, u, 0.3, speeds, backend=transformed_backend),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert_equal_up_to_rounding(compiled(z, u), call(z, u))
+
+
+@files
+@pytest.mark.parametrize("weighted", ["", "capsule"])
+def test_func_jacrev(transformed_backend, neighborhood, weighted):
+    z, u = (normal(1, 4, 2, 4, seed=s) for s in (1, 2))
+    weights = normal(2, 3, 2, seed=3).abs() if weighted else None
+    actual, expected = (
+        torch.func.jacrev(lambda u, b=b: topographic(z, u, 1.0, neighborhood, weights, backend=b).sum((1, 2, 3)))(u)
+        for b in (transformed_backend, "reference")
+    )
+    assert expected.abs().sum() > 0
+    assert_equal_up_to_rounding(actual, expected)
+
+
+@files
+def test_an_exported_program_runs_where_the_package_was_imported(neighborhood, tmp_path):
+    layer = TopographicLayer(neighborhood, 0.3, backend="torch")
+    z, u = (normal(*SHAPE, seed=s).float().cpu() for s in (1, 2))
+    torch.export.save(torch.export.export(layer.cpu(), (z, u)), tmp_path / "layer.pt2")
+    torch.save((z, u, layer(z, u).detach()), tmp_path / "tensors.pt")
+    code = (
+        "import sys, torch, tvae_kernels\n"
+        "z, u, expected = torch.load(sys.argv[1] + '/tensors.pt')\n"
+        "t = torch.export.load(sys.argv[1] + '/layer.pt2').module()(z, u)\n"
+        "torch.testing.assert_close(t, expected)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
 
 
 class Doubled(torch.nn.Module):

@@ -82,8 +82,10 @@ def _check_window(z_shape: torch.Size, u_shape: torch.Size, weights: Tensor | No
         expected = neighborhood.shape_of_u(tuple(z_shape))
         if tuple(u_shape) != expected:
             raise ValueError(f"for z of shape {tuple(z_shape)} u must have the shape {expected}, got {tuple(u_shape)}")
+    if weights is None:
+        return
     expected = neighborhood.weights_shape
-    if weights is not None and tuple(weights.shape) not in (expected, (z_shape[2], *expected)):
+    if tuple(weights.shape) not in (expected, (z_shape[2], *expected)):
         raise ValueError(
             f"weights must have the shape {expected}, or for each capsule its own {(z_shape[2], *expected)}; "
             f"got {tuple(weights.shape)}"
@@ -113,7 +115,8 @@ def promoted(inputs: Inputs) -> Inputs:
     if dtype != torch.float64 and under_autocast(z):
         dtype = torch.float32
     accumulator = compute_dtype(dtype)
-    weights = None if weights is None else in_type(weights, accumulator).contiguous()
+    if weights is not None:
+        weights = in_type(weights, accumulator).contiguous()
     return Inputs(in_type(z, dtype), in_type(u, dtype), mu_in_type(mu, accumulator, z.device), weights)
 
 

@@ -63,9 +63,10 @@ def topographic(
         BackendUnavailableError: the backend asked for cannot run on these tensors.
 
     """
-    inputs = Inputs(z, u, mu, weights)
-    check(inputs, Window(neighborhood, eps))
-    window = Window(neighborhood, float(eps))
+    inputs, window = Inputs(z, u, mu, weights), Window(neighborhood, eps)
+    check(inputs, window)
+    if not isinstance(eps, float):
+        window = Window(neighborhood, float(eps))
     return _topographic(inputs, window, backend) if axis is None else _on_axis(axis, inputs, window, backend)
 
 

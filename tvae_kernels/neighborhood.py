@@ -292,15 +292,15 @@ class Neighborhood:
             raise ValueError(f"axes {self.axes} have {math.prod(self.axes)} positions, but a capsule has {dim}")
         if capsules is not None and self.speeds is not None and len(self.speeds) != capsules:
             raise ValueError(f"there are {len(self.speeds)} speeds for {capsules} capsules")
-        windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
-        checks = [("time_window", self.time_window, self.time_boundary, "time steps", time)]
-        checks += [
-            ("capsule_window", window, self.capsule_boundary, "positions in a capsule", size)
-            for window, size in zip(windows, self.lengths(dim), strict=True)
-        ]
-        for name, window, boundary, axis, size in checks:
-            if boundary == "circular" and window > size:
-                raise ValueError(f"a circular {name} of {window} does not fit {size} {axis}")
+        if self.time_boundary == "circular" and self.time_window > time:
+            raise ValueError(f"a circular time_window of {self.time_window} does not fit {time} time steps")
+        if self.capsule_boundary == "circular":
+            windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+            for window, size in zip(windows, self.lengths(dim), strict=True):
+                if window > size:
+                    raise ValueError(
+                        f"a circular capsule_window of {window} does not fit {size} positions in a capsule"
+                    )
 
 
 @lru_cache(maxsize=1024)

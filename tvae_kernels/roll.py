@@ -103,4 +103,6 @@ def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int
     if neighborhood.roll == "fourier":
         return phase_shifted(t, offsets[0])
     boundary = "circular" if neighborhood.capsule_boundary == "circular" else "zero"
-    return interpolated(t.unflatten(-1, neighborhood.lengths(t.shape[-1])), offsets, boundary).flatten(t.ndim - 1)
+    return interpolated(t.reshape((*t.shape[:-1], *neighborhood.lengths(t.shape[-1]))), offsets, boundary).flatten(
+        t.ndim - 1
+    )

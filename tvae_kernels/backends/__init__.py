@@ -82,9 +82,11 @@ def form(neighborhood: Neighborhood, weights: Tensor | None) -> str:
 
 def implementation(backend: str, stem: str) -> ModuleType:
     """A file of a backend. Those of Triton are imported when one is first used: the package does without."""
-    if (backend, stem) not in _FILES:
+    found = _FILES.get((backend, stem))
+    if found is None:
         _import_triton()
-    return _FILES[backend, stem]
+        found = _FILES[backend, stem]
+    return found
 
 
 def _import_triton() -> None:

@@ -112,19 +112,19 @@ class _Shifts(NamedTuple):
         needed = u.numel() and any(x != int(x) for row in offsets for x in row)
         return cls(u, torch.fft.rfft(u) if needed else None, offsets)
 
-    def _phases(self, row: int) -> Tensor:
-        """`exp(2πi · f · offset / D)`, `(C or 1, D // 2 + 1)`."""
+    def _phases(self, row: int, sign: int) -> Tensor:
+        """`exp(±2πi · f · offset / D)`, `(C or 1, D // 2 + 1)`; not by `conj`, whose flag custom operators may lose."""
         offsets, dim = self.offsets[row], self.u.shape[-1]
         frequencies = torch.arange(dim // 2 + 1, device=self.u.device, dtype=self.u.dtype)
         angles = _column([2 * math.pi * x / dim for x in offsets], frequencies) * frequencies
-        return torch.complex(angles.cos(), angles.sin())
+        return torch.complex(angles.cos(), sign * angles.sin())
 
     def shifted(self, row: int) -> Tensor:
         """`x_i`, of the shape of `u`."""
         rolled = self._rolled(self.u, row, 1)
         if self._all_whole(row):
             return rolled
-        x = torch.fft.irfft(self.spectrum * self._phases(row), n=self.u.shape[-1])
+        x = torch.fft.irfft(self.spectrum * self._phases(row, 1), n=self.u.shape[-1])
         return x if rolled is None else torch.where(self._whole(row), rolled, x)
 
     def transposed(self, row: int, y: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -132,7 +132,7 @@ class _Shifts(NamedTuple):
         rolled = self._rolled(y, row, -1)
         if self._all_whole(row):
             return 0, rolled
-        spectrum = torch.fft.rfft(y) * self._phases(row).conj()
+        spectrum = torch.fft.rfft(y) * self._phases(row, -1)
         if rolled is None:
             return spectrum, 0
         return spectrum.masked_fill(self._whole(row), 0), rolled.masked_fill(~self._whole(row), 0)

@@ -276,4 +276,4 @@ def _choose(inputs: Inputs, window: Window, dt: Tensor) -> tuple[Choice, int]:
     extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(-1) for x in (z, u, dt)]
     wide = max(*extents, 2 * S * C * D) >= 2**31
     chosen = choice(window.neighborhood, S, D, compute_dtype(z.dtype), window.eps, wide)
-    return chosen, ceiling(C, chosen.plan.CAPSULES.value)
+    return chosen, ceiling(C, chosen.capsules)

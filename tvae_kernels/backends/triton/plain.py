@@ -210,25 +210,17 @@ class Choice(NamedTuple):
     kind: str  # "whole" or "tile"
     plan: Plan
     warps: int
-
-    @property
-    def frames(self) -> tuple[int, int]:
-        """Frames that one program answers for, forward and backward; 0 means all."""
-        frames, window, save_r, ring = (getattr(self.plan, name).value for name in ("FRAMES", "W", "SAVE_R", "RING"))
-        if self.kind == "whole" or ring:
-            return 0, 0
-        return frames - window + 1, frames - (1 if save_r else 2) * (window - 1)
+    capsules: int  # in a program
+    frames: tuple[int, int]  # that one program answers for, forward and backward; 0 means all
+    reads_r: bool  # backward
 
 
 def keeps_r(inputs: Inputs, neighborhood: Neighborhood) -> bool:
     """Whether `forward` with `save_r` returns `r`: only where reading it costs less than computing it again."""
     z, _, mu, _ = inputs
     S, D = int(z.shape[1]), int(z.shape[3])
-    return mu.numel() != 1 or _reads_r(choice(neighborhood, S, D, compute_dtype(z.dtype), 0.0, False))
-
-
-def _reads_r(chosen: Choice | None) -> bool:
-    return chosen is None or chosen.plan.SAVE_R.value
+    chosen = None if mu.numel() != 1 else choice(neighborhood, S, D, compute_dtype(z.dtype), 0.0, False)
+    return chosen is None or chosen.reads_r
 
 
 def choose(inputs: Inputs, window: Window, dt: Tensor) -> Choice | None:
@@ -275,13 +267,15 @@ def choice(
     most = _MOST_FRAMES[accumulator]
     if most >= S and (not circular or shift * S % D == 0):
         lanes = max(width, 64)
-        return Choice("whole", _plan(fields, lanes), lanes // WARP)
+        return _choice("whole", fields, lanes, lanes // WARP, (0, 0))
     for lanes in (max(width, 64), width):  # first full rows of lanes, then as few as can be, for more frames
         fits = _frames_of_a_tile(S, len(frames), circular, _MOST_ELEMENTS[accumulator] // lanes)
         if fits is not None:
             held, ring, save_r = fits
             fields |= {"S": S if ring else 0, "FRAMES": held, "RING": ring, "SAVE_R": save_r}
-            return Choice("tile", _plan(fields, lanes), max(1, min(16, held * lanes // 512)))
+            halo = len(frames) - 1
+            answered = (0, 0) if ring else (held - halo, held - (1 if save_r else 2) * halo)
+            return _choice("tile", fields, lanes, max(1, min(16, held * lanes // 512)), answered)
     return None
 
 
@@ -304,8 +298,10 @@ def _frames_of_a_tile(steps: int, window: int, circular: bool, most: int) -> tup
     return None
 
 
-def _plan(fields: dict, lanes: int) -> Plan:
-    return constants(Plan, fields | {"LANES": lanes, "CAPSULES": lanes // fields["D"]})
+def _choice(kind: str, fields: dict, lanes: int, warps: int, frames: tuple[int, int]) -> Choice:
+    capsules = lanes // fields["D"]
+    plan = constants(Plan, fields | {"LANES": lanes, "CAPSULES": capsules})
+    return Choice(kind, plan, warps, capsules, frames, fields["SAVE_R"])
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -319,7 +315,7 @@ def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tenso
     z, u, mu, _ = inputs
     B, S, C, _ = z.shape
     t = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    save_r = save_r and _reads_r(chosen)
+    save_r = save_r and chosen.reads_r
     r = torch.empty(z.shape, dtype=compute_dtype(z.dtype), device=z.device) if save_r else None
     grid = _grid(chosen, chosen.frames[0], B * C, S)
     strides = (B * C, C, S, *z.stride(), *u.stride())
@@ -355,4 +351,4 @@ def backward(
 
 
 def _grid(chosen: Choice, frames: int, capsules: int, steps: int) -> tuple[int, int]:
-    return ceiling(capsules, chosen.plan.CAPSULES.value), ceiling(steps, frames) if frames else 1
+    return ceiling(capsules, chosen.capsules), ceiling(steps, frames) if frames else 1

@@ -1,4 +1,4 @@
-"""The fast window sum against the plain one; the whole backend is tested in test_topographic.py."""
+"""The fast window sum against the one as written; the whole backend is tested in test_topographic.py."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tvae_kernels.backends.torch import plain
 
 @settings(max_examples=300)
 @given(problems(longest=12, widest=16, dtypes=[torch.float64]))
-def test_window_sum_equals_the_plain_sum_in_both_directions(problem):
+def test_window_sum_equals_the_sum_as_written_in_both_directions(problem):
     x, n = problem.u.square(), problem.neighborhood
     # both add the same W·K non-negative terms, each within W·K - 1 roundings of half an eps
     tolerance = n.time_window * n.capsule_window * torch.finfo(x.dtype).eps
