@@ -6,13 +6,17 @@ tests assert what it shows.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -105,11 +109,11 @@ class _Task:
     direction: str
 
 
-def tasks() -> list[_Task]:
+def tasks(forms: tuple[Form, ...] = FORMS) -> list[_Task]:
     """Everything there is to compile."""
     return [
         _Task(form, dtype, target, direction)
-        for form in FORMS
+        for form in forms
         for target in form.targets
         for dtype in form.types
         for direction in FLOOR
@@ -117,17 +121,42 @@ def tasks() -> list[_Task]:
 
 
 def compile_all() -> Iterator[Kernel]:
-    """Compile everything, on all cores. Not in a process where Triton's interpreter is on."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(compile_one, tasks())
+    """Compile everything, on all cores."""
+    with pool(os.cpu_count()) as workers:
+        yield from workers.map(compile_one, tasks())
+
+
+def pool(workers: int, variables: dict[str, str] | None = None) -> ProcessPoolExecutor:
+    """Processes that compile: without Triton's interpreter, with these environment variables.
+
+    They end with this process, however it ends. Linux says so to what the thread started that ends: submit from a
+    thread that lives as long as the pool.
+    """
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), variables or {}))
+
+
+def _begin(parent: int, variables: dict[str, str]) -> None:
+    """What each of them does first."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # which ended before
+            os._exit(1)
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel's module is first imported
+    os.environ.update(variables)
 
 
 def compile_one(task: _Task) -> Kernel:
     """Compile a kernel for the arguments of a real launch, the way Triton would there."""
+    kernel, arguments = launched(task)
+    return describe(task, kernel, arguments, compiled(task, kernel, arguments))
+
+
+def launched(task: _Task) -> tuple:
+    """The kernel that the operation launches last for a task, and its arguments by name."""
     from tvae_kernels import kernels
 
-    if kernels.interpreted():
-        raise RuntimeError("kernels are not compiled where TRITON_INTERPRET is set")
     launches = []
 
     def record(x, kernel, grid, *args, **options):
@@ -138,8 +167,20 @@ def compile_one(task: _Task) -> Kernel:
         _call(kernels, task)
     finally:
         kernels._launch = launch
-    kernel, arguments = launches[-1]
-    compiled = _compile(kernel, arguments, TARGETS[task.target])
+    return launches[-1]
+
+
+def compiled(task: _Task, kernel, arguments: dict):
+    """What Triton makes of what `launched` returned. Not in a process where its interpreter is on."""
+    from tvae_kernels import kernels
+
+    if kernels.interpreted():
+        raise RuntimeError("kernels are not compiled where TRITON_INTERPRET is set")
+    return _compile(kernel, arguments, TARGETS[task.target])
+
+
+def describe(task: _Task, kernel, arguments: dict, compiled) -> Kernel:
+    """What `compiled` returned for a task, taken apart."""
     nvidia = "cubin" in compiled.asm
     resources = _nvidia(compiled) if nvidia else _amd(compiled)
     n = task.form.neighborhood
@@ -186,6 +227,23 @@ def _call_latents(kernels, task: _Task, x: torch.Tensor) -> None:
 def _compile(kernel, arguments: dict, target: tuple):
     import triton
     from triton.backends.compiler import GPUTarget
+
+    source, options = _source(kernel, arguments)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def key(task: _Task, kernel, arguments: dict) -> str:
+    """What the result of `compiled` depends on: Triton itself, the sources, what is constant, the target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import get_cache_invalidating_env_vars, get_cache_key, make_backend
+
+    source, options = _source(kernel, arguments)
+    backend = make_backend(GPUTarget(*TARGETS[task.target]))
+    return get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
+
+
+def _source(kernel, arguments: dict) -> tuple:
+    """A kernel with the types of its arguments, as Triton has it, and the options to compile it with."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -201,8 +259,7 @@ def _compile(kernel, arguments: dict, target: tuple):
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": arguments["num_warps"]} if "num_warps" in arguments else {}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*target), options=options)
+    return ASTSource(kernel, signature, constants, attributes), options
 
 
 def _nvidia(compiled) -> dict:
@@ -264,6 +321,7 @@ def _frames(plan, kernel, task: _Task) -> tuple[int, int]:
     return plan.FRAMES.value, plan.FRAMES.value - halos * (plan.W.value - 1)
 
 
+@lru_cache(maxsize=1)
 def _instructions(compiled) -> list[str]:
     """The operations of the machine code, in order, with their modifiers."""
     text = _tool("nvdisasm", compiled)

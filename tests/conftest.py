@@ -20,11 +20,42 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+# Groups of tests that take longest, the longest first: processes that begin with these end about together.
+HEAVY = (
+    "test_compilation",
+    "test_cli",
+    "test_reproduction",
+    "test_training",
+    "test_processes",
+    "test_composition",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups and pytest selects by markers
+def pytest_collection_modifyitems(config, items):
+    """Mark what is quick, give each file its group where its tests have none, and put the heavy groups first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # by the number of tests: the order of the items is the better one
+    for item in items:
+        if not HAS_GPU and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        slow = "slow" in item.keywords or "exhaustive" in item.keywords or interprets(item)
+        if not slow and "quick" not in item.keywords:
+            item.add_marker("quick")
+    items.sort(key=lambda item: HEAVY.index(name) if (name := group(item)) in HEAVY else len(HEAVY))
+
+
+def group(item) -> str:
+    """The tests that one process runs."""
+    return item.get_closest_marker("xdist_group").args[0]
+
+
+def interprets(item) -> bool:
+    """Whether a test runs kernels, which takes seconds in the interpreter."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return not HAS_GPU and ("triton" in item.fixturenames or any(x == "triton" for x in parameters if type(x) is str))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import pytest
 from tvae.paper import EXHIBITS
 from tvae.presets import PRESETS
 
+pytestmark = pytest.mark.slow  # mark what is not `quick`
+
 ROOT = Path(__file__).parent.parent
 TINY = "--capsules 2 --steps 3 --evaluation-sequences 8 --importance-samples 2"
 

@@ -21,7 +21,10 @@ from benchmarks.machine_code import FORMS, TARGETS, Kernel
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 SIZES = {"float32": 4, "bfloat16": 2, "float64": 8}
 EPS = 1e-6
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from tvae.run import Run, RunError
 from tvae.training import train, untrained_model
 from tvae_kernels import Neighborhood
 
+pytestmark = pytest.mark.slow  # mark what is not `quick`
+
 SMALL = Config(
     capsules=2, neighborhood=Neighborhood(4, 3), weights="projected", batch_size=6, steps=12, learning_rate=1e-4, seed=3
 )

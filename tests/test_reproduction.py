@@ -24,6 +24,8 @@ from tvae.presets import DEFAULT_PRESET, PRESETS, Config, Preset, describe
 from tvae.run import Run, RunError
 from tvae_kernels import Neighborhood
 
+pytestmark = pytest.mark.slow  # mark what is not `quick`
+
 PRINTED = {LOG_LIKELIHOOD: (-186.8, 0.1), "E_eq": (574, 2)}
 TINY = {
     "sprites-tvae-w4-k3": Config(capsules=2, neighborhood=Neighborhood(4, 3)),

@@ -25,6 +25,8 @@ from tvae.run import Run, RunError, rows_until
 from tvae.training import train
 from tvae_kernels import Neighborhood
 
+pytestmark = pytest.mark.slow  # mark what is not `quick`
+
 SMALL = Config(capsules=2, neighborhood=Neighborhood(4, 3), batch_size=2, steps=12, learning_rate=1e-3, seed=3)
 TOLD = replace(
     SMALL,
