@@ -20,13 +20,14 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-# Groups of tests that take longest, the longest first: processes that begin with these end about together.
+# How the groups of tests begin that take longest, the longest first: processes that start with these end about together.
 HEAVY = (
-    "test_compilation",
+    "compile latents",
     "test_cli",
     "test_reproduction",
     "test_training",
     "test_processes",
+    "compile",
     "test_composition",
 )
 
@@ -44,12 +45,13 @@ def pytest_collection_modifyitems(config, items):
         slow = "slow" in item.keywords or "exhaustive" in item.keywords or interprets(item)
         if not slow and "quick" not in item.keywords:
             item.add_marker("quick")
-    items.sort(key=lambda item: HEAVY.index(name) if (name := group(item)) in HEAVY else len(HEAVY))
+    items.sort(key=weight)
 
 
-def group(item) -> str:
-    """The tests that one process runs."""
-    return item.get_closest_marker("xdist_group").args[0]
+def weight(item) -> int:
+    """Where its group stands among the heavy ones, or after them."""
+    name = item.get_closest_marker("xdist_group").args[0]
+    return next((place for place, start in enumerate(HEAVY) if name.startswith(start)), len(HEAVY))
 
 
 def interprets(item) -> bool:
