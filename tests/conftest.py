@@ -20,7 +20,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-# How the groups of tests begin that take longest, the longest first: processes that start with these end about together.
+# How the names of the groups begin that take longest, the longest first: processes that start with these end together.
 HEAVY = (
     "compile latents",
     "test_cli",
