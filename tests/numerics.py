@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +21,11 @@ from tvae_kernels import Neighborhood, reference, topographic
 from tvae_kernels.reference import compute_dtype
 
 MU_SHAPES = {"none": None, "scalar": (), "capsule": ("C", 1), "position": ("D",), "each": ("C", "D")}
+
+
+def exhaustive(*values):
+    """Parameters of a case that is left to `-m exhaustive`."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 def window_matrix(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Problem, assert_within, window_matrix
+from numerics import Problem, assert_within, exhaustive, window_matrix
 
 from tvae_kernels import Neighborhood, TopographicLayer, topographic
 
@@ -40,7 +40,11 @@ def test_every_pair_of_kernels_is_chosen_where_it_is_meant_to_be(triton, shape, 
 
 @kinds
 def test_every_pair_of_kernels(triton, device, shape, neighborhood, keeps_r):
-    Problem.random(shape, neighborhood, device=device).check(triton)
+    problem = Problem.random(shape, neighborhood, device=device)
+    problem.check(triton)
+    if keeps_r:  # which a forward pass alone does not write
+        t = topographic(problem.z, problem.u, problem.mu, neighborhood, backend=triton)
+        assert_within("t", t, problem.judge()["t"], problem.bounds()["t"])
 
 
 @kinds
@@ -54,6 +58,7 @@ def test_r_is_kept_only_where_it_will_be_read(triton, monkeypatch, device, shape
         return t, r
 
     monkeypatch.setattr(kernels, "forward", forward)
+    monkeypatch.setattr(kernels, "_launch", lambda *args, **options: None)  # nobody looks at t
     problem = Problem.random(shape, neighborhood, device=device)
     layer = TopographicLayer(neighborhood, backend=triton).to(device)
     leaf = problem.z.clone().requires_grad_()
@@ -110,10 +115,11 @@ def tiled_problems(draw) -> Problem:
     )
 
 
-def test_many_small_tiles(triton, device, small_tiles):
+@pytest.mark.parametrize("examples", [8, exhaustive(50)])
+def test_many_small_tiles(triton, device, small_tiles, examples):
     reached = set()
 
-    @settings(max_examples=25)
+    @settings(max_examples=examples)
     @given(tiled_problems())
     def check(problem):
         choice = kernels._choose(problem.z, problem.u, problem.dt, problem.mu, None, problem.neighborhood, problem.eps)
