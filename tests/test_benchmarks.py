@@ -608,6 +608,7 @@ def test_one_command_measures_training(small_training, monkeypatch, tmp_path, ca
     assert "published code" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_fused_and_in_other_precisions_is_compared_by_its_metrics(monkeypatch):
     data = agreement.measure("sprites-tvae-w10-k1", TRAINED, CPU, steps=3, sequences=24)
     assert (
@@ -637,6 +638,7 @@ def test_presets_to_compare_are_those_with_a_topography_whose_data_is_there(tmp_
     assert [training.precision for training in agreement.trainings("quickstart", CPU)] == ["32-true"] * 3
 
 
+@pytest.mark.slow
 def test_one_command_compares_metrics_and_its_tables_show_them(monkeypatch, tmp_path, capsys):
     configs = {"quickstart": TRAINED, "sprites-tvae-w10-k1": TRAINED, "dsprites-vae": replace(TRAINED, data="dsprites")}
     configs["dsprites-vae"] = replace(configs["dsprites-vae"], data_dir=tmp_path)

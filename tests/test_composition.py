@@ -41,6 +41,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize(("boundary", "dtype"), COMPILED)
 def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(transformed_backend, dtype, boundary):
@@ -59,6 +60,7 @@ def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(transformed_b
         assert expected.abs().sum() > 0
 
 
+@pytest.mark.slow
 @quiet
 def test_another_batch_size_compiles_once_more_and_no_third_does(transformed_backend):
     """The second size makes the batch a variable; from then on nothing is compiled again."""
@@ -75,6 +77,7 @@ def test_another_batch_size_compiles_once_more_and_no_third_does(transformed_bac
     assert counts == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 @quiet
 def test_a_batch_marked_as_dynamic_is_compiled_once(transformed_backend):
     layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3, backend=transformed_backend)
@@ -210,7 +213,7 @@ def train_on_a_half(rank, folder, backend, device):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("transformed_backend", ["torch", exhaustive("triton")], indirect=True)
+@pytest.mark.parametrize("transformed_backend", [exhaustive("torch"), exhaustive("triton")], indirect=True)
 def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(transformed_backend, device, tmp_path):
     torch.multiprocessing.spawn(train_on_a_half, (str(tmp_path), transformed_backend, device), nprocs=2)
     expected = gradients(Doubled(transformed_backend), normal(4, *SHAPE[1:]))

@@ -74,9 +74,10 @@ def assert_close(found, expected, dtype, terms):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float64) for name in PROBLEMS]
-    + [(name, torch.float32) for name in FUSED]
-    + [exhaustive(name, torch.float32) for name in COMPOSED],  # of operations that have tests of their own
+    [(name, dtype) for name in FUSED for dtype in (torch.float64, torch.float32)]
+    # Of operations that have tests of their own
+    + [("padded", torch.float64), ("roots", torch.float64), ("long", torch.float32)]
+    + [exhaustive(name, dtype) for name in COMPOSED for dtype in (torch.float64, torch.float32)],
     ids=str,
 )
 def test_values_and_gradients(backend, device, name, dtype):
