@@ -232,13 +232,13 @@ def test_roots_are_as_exact_as_promised(k):
     assert approximate <= expected
 
 
-@of(target="sm_90", type=["float32", "float64"], direction="forward")
+@of(target=NVIDIA, type=["float32", "float64"], direction="forward")
 def test_eps_has_all_the_digits_of_its_type(k):
     form, prefix = (">f", "0f") if k.type == "float32" else (">d", "0d")
     assert prefix + struct.pack(form, EPS).hex().upper() in k.text
 
 
-@of(target="sm_90", type="bfloat16")
+@of(target=NVIDIA, type="bfloat16")
 def test_bfloat16_results_are_rounded_to_nearest(k):
     """The interpreter cuts them off instead, so that its tests cannot tell."""
     assert set(re.findall(r"cvt\.(\w+)\.bf16\w*\.f32", k.text)) == {"rn"}

@@ -199,9 +199,17 @@ def test_the_fallback_gives_the_values_and_gradients(device, neighborhood, dim, 
     assert_same("torch", neighborhood, *arguments(neighborhood, dim, weighted, dtype, device))
 
 
-# In turn without weights and with; batches are in test_any_topography_in_the_kernels. The rest is exhaustive.
+# In turn without weights and with, two sequences where tables or planes of `r` differ from those of a plain window.
+# The rest is exhaustive.
 KERNELS = [
-    *((name, *(("", f64), ("capsule", f32))[number % 2], 1) for number, name in enumerate(TOPOGRAPHIES)),
+    *(
+        (
+            name,
+            *(("", f64), ("capsule", f32))[number % 2],
+            2 if n.roll == "fourier" or n.speeds or n.roots != "one" else 1,
+        )
+        for number, (name, (n, _)) in enumerate(TOPOGRAPHIES.items())
+    ),
     *(
         exhaustive(name, *case, 2)
         for name in TOPOGRAPHIES
