@@ -11,7 +11,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["tvae_kernels", "tvae", "tvae.*"]),
+    packages=find_packages(include=["tvae_kernels", "tvae_kernels.*", "tvae", "tvae.*"]),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -15,22 +15,22 @@ HEAD_START = 2_000_000  # GPU cycles, about a millisecond, in which the host que
 
 
 class CpuClock:
-    """Marks are moments of the host's clock."""
+    """Has marks that are moments of the host's clock."""
 
     def start(self) -> None:
         """Get ready for a sample."""
 
     def mark(self) -> float:
-        """Now."""
+        """Tell the time."""
         return time.perf_counter()
 
     def microseconds(self, *marks: float) -> list[float]:
-        """The times between successive marks."""
+        """Give the times between successive marks."""
         return [1e6 * (end - begin) for begin, end in pairwise(marks)]
 
 
 class CudaClock:
-    """Marks are events in the GPU's queue; the GPU is kept busy first, so that it never waits for the host."""
+    """Has marks that are events in the GPU's queue; the GPU is kept busy first, so that it never waits for the host."""
 
     def start(self) -> None:
         """Get ready for a sample."""
@@ -38,24 +38,24 @@ class CudaClock:
         torch.cuda._sleep(HEAD_START)
 
     def mark(self) -> torch.cuda.Event:
-        """When the GPU gets here."""
+        """Note when the GPU gets here."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def microseconds(self, *marks: torch.cuda.Event) -> list[float]:
-        """The times between successive marks."""
+        """Give the times between successive marks."""
         torch.cuda.synchronize()
         return [1e3 * begin.elapsed_time(end) for begin, end in pairwise(marks)]
 
 
 def clock(device: torch.device) -> CpuClock | CudaClock:
-    """The clock of a device."""
+    """Give the clock of a device."""
     return CudaClock() if device.type == "cuda" else CpuClock()
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory; 32 MiB where a CPU's system does not say."""
+    """Give the size of the last cache before memory; 32 MiB where a CPU's system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = []
@@ -66,7 +66,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
-    """Bytes that `function` has allocated at the worst moment of its run, beyond what was there before."""
+    """Measure the bytes that `function` has allocated at the worst moment of its run, beyond what was there before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -86,29 +86,34 @@ def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
     return peak
 
 
-def latency(calls: dict[str, Callable[[], object]], samples: int) -> dict[str, list[float]]:
-    """Microseconds on a GPU of one replay of each call's CUDA graph, and of the host for one eager call, by name.
+def here() -> torch.device:
+    """Choose this machine's GPU, or its CPU if it has none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    "empty" is the replay of a graph with a kernel that does nothing.
+
+def latency(calls: dict[str, Callable[[], object]], samples: int) -> tuple[dict[str, list[float]], ...]:
+    """Take the microseconds on a GPU of one replay of each call's CUDA graph; and those of the host for an eager call.
+
+    Both are by name; "empty" is the replay of a graph with a kernel that does nothing.
     """
     graphs = {"empty": _capture(lambda: torch.cuda._sleep(0))}
     graphs |= {name: _capture(call) for name, call in calls.items()}
     timer = CudaClock()
-    result = {name: [] for name in graphs} | {f"host {name}": [] for name in calls}
+    replayed, host = ({name: [] for name in chosen} for chosen in (graphs, calls))
     for _ in range(samples):
         for name, graph in graphs.items():
             timer.start()
             begin = timer.mark()
             graph.replay()
-            result[name] += timer.microseconds(begin, timer.mark())
+            replayed[name] += timer.microseconds(begin, timer.mark())
         for name, call in calls.items():
             torch.cuda.synchronize()
-            result[f"host {name}"].append(host_time(call))
-    return result
+            host[name].append(host_time(call))
+    return replayed, host
 
 
 def host_time(call: Callable[[], object], calls: int = 200) -> float:
-    """Microseconds until `call` returns, the mean of many in a row, without waiting for what they put in the queue."""
+    """Take the mean microseconds until `call` returns, of many in a row that wait for nothing in the queue."""
     begin = time.perf_counter()
     for _ in range(calls):
         call()
@@ -128,6 +133,6 @@ def _capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def rotation(device: torch.device, bytes_each: int) -> int:
-    """How many sets of buffers of this size to go through so that none is still in a cache when its turn comes."""
-    return max(2, math.ceil(2 * cache_bytes(device) / bytes_each))
+def rotation(bytes_each: int, cache: int) -> int:
+    """Say how many sets of buffers of this size to go through so that none is still in a cache when its turn comes."""
+    return max(2, math.ceil(2 * cache / bytes_each))

@@ -6,20 +6,32 @@ tests assert what it shows.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from tvae_kernels import Neighborhood
+from tvae_kernels import Neighborhood, backends
+from tvae_kernels.arguments import Inputs, Noise, Window, compute_dtype
 
+from . import environment, records
+from .measuring import progress
+from .records import Record, Result
+from .render import markdown, shape
+
+DEVICES = ("none",)
+SHOWN = ("all",)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -31,6 +43,27 @@ POINTERS = TYPES | {"int32": "*i32", "int64": "*i64"}
 HEADS = ["problem", "type", "target", "direction", "registers", "spilled", "shared", "instructions", "loaded", "stored"]
 FLOOR = {"forward": (2, 1), "backward": (3, 2)}  # elements that must be read and written, an element
 FLOOR_OF_LATENTS = {"forward": (4, 1), "backward": (5, 4)}  # from means and log-variances
+
+
+def run(output: Path | None = None) -> Result:
+    """Compile the kernels ahead of time, for GPUs that need not be there, and count what their machine code does.
+
+    Without `--output` the table in docs/ is made anew.
+
+    Args:
+        output: JSON file to write; by default benchmarks/results/machine-code.json.
+
+    """
+    found, unit = environment.describe(), "instructions and bytes an element of the result"
+    file = output or records.path("machine-code", found, "none")
+    result = Result(file, "machine-code", found, "none", unit, {})
+    kernels = []
+    with progress("machine-code", len(tasks())) as show:
+        for kernel in compile_all():
+            kernels.append(record(kernel))
+            show(len(kernels), f"{kernel.form} for {kernel.target}")
+    result.add(kernels)
+    return Result.read(file)
 
 
 @dataclass(frozen=True)
@@ -105,11 +138,11 @@ class _Task:
     direction: str
 
 
-def tasks() -> list[_Task]:
+def tasks(forms: tuple[Form, ...] = FORMS) -> list[_Task]:
     """Everything there is to compile."""
     return [
         _Task(form, dtype, target, direction)
-        for form in FORMS
+        for form in forms
         for target in form.targets
         for dtype in form.types
         for direction in FLOOR
@@ -117,29 +150,59 @@ def tasks() -> list[_Task]:
 
 
 def compile_all() -> Iterator[Kernel]:
-    """Compile everything, on all cores. Not in a process where Triton's interpreter is on."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(compile_one, tasks())
+    """Compile everything, on all cores."""
+    with pool(os.cpu_count()) as workers:
+        yield from workers.map(compile_one, tasks())
+
+
+def pool(workers: int, variables: dict[str, str] | None = None) -> ProcessPoolExecutor:
+    """Start processes that compile: without Triton's interpreter, with these environment variables.
+
+    They end with this process, however it ends. Linux says so to what the thread started that ends: submit from a
+    thread that lives as long as the pool.
+    """
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), variables or {}))
+
+
+def _begin(parent: int, variables: dict[str, str]) -> None:
+    """Return what each of them does first."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # which ended before
+            os._exit(1)
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel's module is first imported
+    os.environ.update(variables)
 
 
 def compile_one(task: _Task) -> Kernel:
     """Compile a kernel for the arguments of a real launch, the way Triton would there."""
-    from tvae_kernels import kernels
+    kernel, arguments = launched(task)
+    return describe(task, kernel, arguments, compiled(task, kernel, arguments))
 
-    if kernels.interpreted():
+
+def launched(task: _Task) -> tuple:
+    """Return the kernel that the operation launches last for a task, and its arguments by name."""
+    from tvae_kernels.backends.triton import launch
+
+    with launch.recorded() as launches:
+        _call(task)
+    kernel, _, arguments = launches[-1]
+    return kernel, arguments
+
+
+def compiled(task: _Task, kernel, arguments: dict):
+    """Return what Triton makes of what `launched` returned. Not in a process where its interpreter is on."""
+    from tvae_kernels.backends.triton import launch
+
+    if launch.interpreted():
         raise RuntimeError("kernels are not compiled where TRITON_INTERPRET is set")
-    launches = []
+    return _compile(kernel, arguments, TARGETS[task.target])
 
-    def record(x, kernel, grid, *args, **options):
-        launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | options))
 
-    launch, kernels._launch = kernels._launch, record
-    try:
-        _call(kernels, task)
-    finally:
-        kernels._launch = launch
-    kernel, arguments = launches[-1]
-    compiled = _compile(kernel, arguments, TARGETS[task.target])
+def describe(task: _Task, kernel, arguments: dict, compiled) -> Kernel:
+    """Take apart what `compiled` returned for a task."""
     nvidia = "cubin" in compiled.asm
     resources = _nvidia(compiled) if nvidia else _amd(compiled)
     n = task.form.neighborhood
@@ -158,34 +221,52 @@ def compile_one(task: _Task) -> Kernel:
     )
 
 
-def _call(kernels, task: _Task) -> None:
+def _call(task: _Task) -> None:
     """One direction of the operation on tensors without memory."""
     form = task.form
     x = torch.empty(form.shape, dtype=getattr(torch, task.type), device="meta")
     if form.latents:
-        return _call_latents(kernels, task, x)
+        return _call_latents(task, x)
     u = x.new_empty(form.neighborhood.shape_of_u(form.shape))
-    accumulator = kernels.compute_dtype(x.dtype)
+    accumulator = compute_dtype(x.dtype)
     mu = torch.empty((), dtype=accumulator, device="meta")
     weights = torch.empty(form.neighborhood.weights_shape, dtype=accumulator, device="meta") if form.weighted else None
-    _, r = kernels.forward(x, u, mu, weights, form.neighborhood, 1e-6, True)
+    inputs, window = Inputs(x, u, mu, weights), Window(form.neighborhood, 1e-6)
+    _, r = backends.forward("triton", inputs, window, True)
     if task.direction == "backward":
-        kernels.backward(x, x, u, mu, weights, r, form.neighborhood, 1e-6)
+        backends.backward("triton", inputs, window, r, x)
 
 
-def _call_latents(kernels, task: _Task, x: torch.Tensor) -> None:
-    (B, S, C, D), accumulator = x.shape, kernels.compute_dtype(x.dtype)
+def _call_latents(task: _Task, x: torch.Tensor) -> None:
+    (B, S, C, D), accumulator = x.shape, compute_dtype(x.dtype)
     z, mu, kl = x.new_empty(B, S, 2, C, D), x.new_empty((), dtype=accumulator), x.new_empty(B, S, dtype=accumulator)
     seed = x.new_empty(1, dtype=torch.int64)
-    arguments = z, z, mu, None, None, seed, 0, task.form.neighborhood, 1e-6
-    kernels.latents_forward(*arguments)
+    arguments = Inputs(z, z, mu, None), Window(task.form.neighborhood, 1e-6), Noise(None, None, seed)
+    backends.latents_forward(*arguments)
     if task.direction == "backward":
-        kernels.latents_backward(x, kl, kl, *arguments)
+        backends.latents_backward(*arguments, x, kl, kl)
 
 
 def _compile(kernel, arguments: dict, target: tuple):
     import triton
     from triton.backends.compiler import GPUTarget
+
+    source, options = _source(kernel, arguments)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def key(task: _Task, kernel, arguments: dict) -> str:
+    """Return what the result of `compiled` depends on: Triton itself, the sources, what is constant, the target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import get_cache_invalidating_env_vars, get_cache_key, make_backend
+
+    source, options = _source(kernel, arguments)
+    backend = make_backend(GPUTarget(*TARGETS[task.target]))
+    return get_cache_key(source, backend, backend.parse_options(options), get_cache_invalidating_env_vars())
+
+
+def _source(kernel, arguments: dict) -> tuple:
+    """Return a kernel with the types of its arguments, as Triton has it, and the options to compile it with."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -201,8 +282,7 @@ def _compile(kernel, arguments: dict, target: tuple):
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": arguments["num_warps"]} if "num_warps" in arguments else {}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*target), options=options)
+    return ASTSource(kernel, signature, constants, attributes), options
 
 
 def _nvidia(compiled) -> dict:
@@ -226,8 +306,8 @@ def _amd(compiled) -> dict:
 
 
 def _traffic(compiled, kernel, arguments: dict, task: _Task) -> dict:
-    """Counted in the machine code of NVIDIA's kernels without loops; lanes that hold nothing load nothing."""
-    from tvae_kernels.kernels_plain import Plan
+    """Count what is in the machine code of NVIDIA's kernels without loops; lanes that hold nothing load nothing."""
+    from tvae_kernels.backends.triton.lanes import Plan
 
     nothing = {"instructions": None, "halo": None, "loaded": None, "stored": None}
     if "cubin" not in compiled.asm or not isinstance(arguments["P"], Plan):
@@ -252,26 +332,27 @@ def _traffic(compiled, kernel, arguments: dict, task: _Task) -> dict:
 
 
 def _bits(operation: str) -> int:
-    """That a load or a store moves."""
+    """Return the bytes that a load or a store moves."""
     return int((re.search(r"\.[US]?(8|16|64|128)\b", operation) or (0, 32))[1])
 
 
 def _frames(plan, kernel, task: _Task) -> tuple[int, int]:
-    """That a program holds, and those whose results it writes."""
+    """Return the frames that a program holds, and those whose results it writes."""
     if kernel.fn.__name__.startswith(("whole", "latents")) or plan.RING.value:
         return plan.S.value, plan.S.value
     halos = 1 if task.direction == "forward" or plan.SAVE_R.value else 2
     return plan.FRAMES.value, plan.FRAMES.value - halos * (plan.W.value - 1)
 
 
+@lru_cache(maxsize=1)
 def _instructions(compiled) -> list[str]:
-    """The operations of the machine code, in order, with their modifiers."""
+    """Return the operations of the machine code, in order, with their modifiers."""
     text = _tool("nvdisasm", compiled)
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
 
 
 def _tool(name: str, compiled, *options: str) -> str:
-    """What a tool of the CUDA toolkit, which comes with Triton, says of a binary."""
+    """Return what a tool of the CUDA toolkit, which comes with Triton, says of a binary."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -282,28 +363,51 @@ def _tool(name: str, compiled, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def content(kernels: list[Kernel], environment: dict) -> dict:
-    """What is worth keeping: all but the assembler."""
-    rows = [{name: value for name, value in asdict(k).items() if name != "text"} for k in kernels]
-    return {"environment": environment, "unit": "instructions and bytes an element of the result", "kernels": rows}
-
-
 def floor(name: str, direction: str) -> tuple[int, int]:
     """Elements that a kernel must read and write, an element of the result."""
     return (FLOOR_OF_LATENTS if name.startswith("latents") else FLOOR)[direction]
 
 
-def rows(kernels: list[dict]) -> list[list[str]]:
-    """A row under `HEADS` for each kernel of a `content`; bytes as counted, and in brackets the least there can be."""
-    result = []
-    for k in kernels:
-        size = getattr(torch, k["type"]).itemsize
-        reads, writes = floor(k["name"], k["direction"])
-        counts = ["", "", ""]
-        if k["loaded"] is not None:
-            loaded, stored = f"{k['loaded']:.1f} ({reads * size})", f"{k['stored']:.1f} ({writes * size})"
-            counts = [f"{k['instructions']:.0f}", loaded, stored]
-        problem = f"{k['form']}: {', '.join(map(str, k['shape']))}; W {k['window'][0]}, K {k['window'][1]}"
-        numbers = [str(k[name]) for name in ("registers", "spilled", "shared")]
-        result.append([problem, k["type"], k["target"], k["direction"], *numbers, *counts])
-    return result
+def record(kernel: Kernel) -> Record:
+    """Keep all but the assembler."""
+    values = {name: value for name, value in asdict(kernel).items() if name != "text"}
+    case = {name: values.pop(name) for name in ("form", "shape", "window", "type", "direction", "name")}
+    return Record(case, values.pop("target"), values=values)
+
+
+def table(result: Result) -> str:
+    """Lay out one target of the three alike, and say what holds for all."""
+    every = result.records
+    shown = [r for r in every if r.variant == "sm_90" and r.values["loaded"] is not None]
+    spilled = sum(r.values["spilled"] > 0 for r in every)
+    e, names = result.environment, ", ".join(dict.fromkeys(r.variant for r in every))
+    text = f"{len(every)} kernels compiled for {names} by triton {e['triton']}, commit {e['commit']}; "
+    text += f"{spilled} of them spill registers. Those for sm_90 whose instructions can be counted:"
+    return f"{text}\n\n{_table(shown, without=('target', 'spilled'))}"
+
+
+def full_table(result: Result) -> str:
+    """Lay out all targets."""
+    return _table(result.records)
+
+
+TABLES = {"": table, "all": full_table}
+
+
+def _table(kernels: list[Record], without: tuple[str, ...] = ()) -> str:
+    """Lay out a row for each kernel; bytes as counted, and in brackets the least there can be."""
+    heads = [name for name in HEADS if name not in without]
+    rows = []
+    for r in kernels:
+        case, values, size = r.case, r.values, getattr(torch, r.case["type"]).itemsize
+        reads, writes = floor(case["name"], case["direction"])
+        window = f"W {case['window'][0]}, K {case['window'][1]}"
+        row = {"problem": f"{case['form']}: {shape(case['shape'])}; {window}", "target": r.variant}
+        row |= {name: case[name] for name in ("type", "direction")}
+        row |= {name: str(values[name]) for name in ("registers", "spilled", "shared")}
+        if values["loaded"] is not None:
+            row["instructions"] = f"{values['instructions']:.0f}"
+            row["loaded"] = f"{values['loaded']:.1f} ({reads * size})"
+            row["stored"] = f"{values['stored']:.1f} ({writes * size})"
+        rows.append([row.get(name, "") for name in heads])
+    return markdown(heads, rows)

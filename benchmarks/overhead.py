@@ -6,19 +6,24 @@ the host takes longer; what is measured here runs on any machine.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from tvae_kernels import operators, topographic
+from tvae_kernels import backends, topographic
+from tvae_kernels.arguments import Inputs, Window
 
 from . import peers
-from .operation import PAPER, Problem
+from .measuring import Say, measure_all
+from .problems import PAPER, Case, Problem
+from .records import Record, Result
+from .render import markdown, where
 
+DEVICES = ("none",)
+SHOWN = ("",)
 CASE = replace(PAPER, shape=(1, *PAPER.shape[1:]))  # a single sequence: the allocator of the CPU should not count
 CALLS = 500  # in a row, for one sample
 
@@ -28,7 +33,7 @@ class Nothing(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, u, mu):
-        """A new tensor."""
+        """Return a new tensor."""
         ctx.save_for_backward(z, u, mu)
         return torch.empty_like(z)
 
@@ -38,9 +43,28 @@ class Nothing(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def measure(samples: int) -> dict[str, list[float]]:
-    """Microseconds of the host for one call, by the way it is called."""
-    with _no_launches() as kernels:
+def run(samples: int = 15, output: Path | None = None) -> Result:
+    """Time what the host does for a call of the kernels, without launching them.
+
+    It needs no GPU. Without `--output` the table in docs/ is made anew.
+
+    Args:
+        samples: each the mean of many calls.
+        output: JSON file to write; by default benchmarks/results/overhead.json.
+
+    """
+
+    def measured(case: Case, say: Say) -> list[Record]:
+        return [Record(case.fields, call, {"host": times}) for call, times in measure(samples).items()]
+
+    return measure_all("overhead", [CASE], measured, "none", {"samples": samples}, output)
+
+
+def measure(samples: int, calls: int = CALLS) -> dict[str, list[float]]:
+    """Take the microseconds of the host for one call, by the way it is called, as means of many calls in a row."""
+    from tvae_kernels.backends.triton import launch, plain
+
+    with launch.intercepted(lambda *args, **options: None):
         problem = Problem.random(CASE, torch.device("cpu"), seed=0)
         n, eps = CASE.neighborhood, peers.EPS
         z, u, mu = (x.detach() for x in (problem.z, problem.u, problem.mu))
@@ -51,42 +75,34 @@ def measure(samples: int) -> dict[str, list[float]]:
         def nothing(z, u, mu):
             return Nothing.apply(z, u, mu)
 
-        operator = operators.OPERATORS["triton"]
+        inputs, window = Inputs(z, u, mu, None), Window(n, eps)
         ways = {
             "a Function that does nothing, forward": lambda: problem.forward(nothing),
             "a Function that does nothing, forward and backward": lambda: problem.both(nothing),
-            "kernels.forward, direct": lambda: kernels.forward(z, u, mu, None, n, eps, True),
-            "kernels.forward as an operator": lambda: operator.forward(z, u, mu, None, n, eps, True),
+            "kernels.forward, direct": lambda: plain.forward(inputs, window, True),
+            "kernels.forward as an operator": lambda: backends.forward.operator("triton", inputs, window, True),
             "topographic, forward": lambda: problem.forward(call),
             "topographic, forward and backward": lambda: problem.both(call),
         }
         taken = {name: [] for name in ways}
         for _ in range(samples):
             for name, way in ways.items():
-                taken[name].append(_microseconds(way))
+                taken[name].append(_microseconds(way, calls))
     return taken
 
 
-def _microseconds(way: Callable[[], object]) -> float:
+def _microseconds(way: Callable[[], object], calls: int) -> float:
     begin = time.thread_time()  # of this thread alone, whatever else runs
-    for _ in range(CALLS):
+    for _ in range(calls):
         way()
-    return 1e6 * (time.thread_time() - begin) / CALLS
+    return 1e6 * (time.thread_time() - begin) / calls
 
 
-@contextmanager
-def _no_launches() -> Iterator:
-    """The kernels' module, made to accept tensors on the CPU and to launch nothing."""
-    from tvae_kernels import kernels
-
-    launch, interpreted = kernels._launch, kernels.interpreted
-    kernels._launch, kernels.interpreted = lambda *args, **options: None, lambda: True
-    try:
-        yield kernels
-    finally:
-        kernels._launch, kernels.interpreted = launch, interpreted
+def table(result: Result) -> str:
+    """Lay out the medians."""
+    text = f"Measured {where(result, ('torch', 'Python'))}"
+    rows = [[record.variant, f"{record.median('host'):.0f} us"] for record in result.records]
+    return f"{text}\n\n{markdown(['call', 'time of the host'], rows)}"
 
 
-def medians(taken: dict[str, list[float]]) -> dict[str, float]:
-    """By way."""
-    return {name: statistics.median(samples) for name, samples in taken.items()}
+TABLES = {"": table}

@@ -31,9 +31,9 @@ NAMES = {
 
 
 def build(name: str, neighborhood: Neighborhood, axis: Tensor | None = None) -> Callable[..., Tensor]:
-    """The peer as a function of `z`, `u`, `mu` and perhaps weights; compiled ones compile at their first call.
+    """Build the peer as a function of `z`, `u`, `mu` and perhaps weights; compiled ones compile at their first call.
 
-    With an `axis` it is the peer that is told along which one each sequence rolls.
+    With an `axis` it is the peer that knows along which one each sequence rolls.
 
     Raises:
         ValueError: no peer has this name.
@@ -43,11 +43,10 @@ def build(name: str, neighborhood: Neighborhood, axis: Tensor | None = None) -> 
     if function_name not in FUNCTIONS or (mode and mode not in MODES):
         raise ValueError(f"a peer is one of {', '.join(FUNCTIONS)}, alone or with {', '.join(MODES)}; got {name!r}")
     function = FUNCTIONS[function_name]
-
-    told = {} if axis is None else {"axis": axis}
+    known = {} if axis is None else {"axis": axis}
 
     def call(z: Tensor, u: Tensor, mu: Tensor, *weights: Tensor) -> Tensor:
-        return function(z, u, mu, neighborhood, *weights, **told)
+        return function(z, u, mu, neighborhood, *weights, **known)
 
     return torch.compile(call, dynamic=False, mode=MODES[mode]) if mode else call
 
@@ -55,26 +54,26 @@ def build(name: str, neighborhood: Neighborhood, axis: Tensor | None = None) -> 
 def reference(
     z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None, axis: Tensor | None = None
 ) -> Tensor:
-    """The equation as written, one tap at a time; its gradient by autograd."""
+    """Compute the equation as written, one tap at a time; its gradient by autograd."""
     return topographic(z, u, mu, n, weights, EPS, "reference", axis)
 
 
 def fallback(
     z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None, axis: Tensor | None = None
 ) -> Tensor:
-    """The package on any device."""
+    """Compute it by the package on any device."""
     return topographic(z, u, mu, n, weights, EPS, "torch", axis)
 
 
 def kernels(
     z: Tensor, u: Tensor, mu: Tensor, n: Neighborhood, weights: Tensor | None = None, axis: Tensor | None = None
 ) -> Tensor:
-    """The package on a GPU."""
+    """Compute it by the package on a GPU."""
     return topographic(z, u, mu, n, weights, EPS, "triton", axis)
 
 
 def convolution(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> Tensor:
-    """The way of the code published with the paper: the window sum as a transposed 3-D convolution of one channel.
+    """Compute it as the code published with the paper does, by a transposed 3-D convolution of one channel.
 
     Every capsule's `(time, dim)` plane of squares is padded circularly and convolved with a dense window that is 1 on
     K diagonals and 0 elsewhere. The published window of K = 3 is cut to `W x W`; this one, `W x (W + K - 1)`, has
@@ -100,7 +99,7 @@ def convolution(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) ->
 
 @lru_cache
 def _diagonals(neighborhood: Neighborhood, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(1, 1, W, W + K - 1, 1)`: 1 at the taps, the last tap first, since a convolution turns its window round."""
+    """Make `(1, 1, W, W + K - 1, 1)`: 1 at the taps, the last first, since a convolution turns its window round."""
     taps, k = neighborhood.time_taps, neighborhood.capsule_taps
     i = torch.arange(taps[-1], taps[0] - 1, -1, device=device)[:, None]
     offset = torch.arange(taps[-1] + k[-1], taps[0] + k[0] - 1, -1, device=device)

@@ -3,25 +3,25 @@
 import pytest
 import torch
 
-from benchmarks import peers
-from benchmarks.operation import PAPER, Case, Judge, Problem
+from benchmarks import devices, peers
+from benchmarks.problems import PAPER, Case, Judge, Problem
 
 # Importing the compiler warns of what torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = devices.here()
 CASES = (Case((2, 7, 3, 9), 5, 3), PAPER)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
 def judged(request):
-    """A case, its tensors and what the results should be."""
+    """Give a case, its tensors and what the results should be."""
     problem = Problem.random(request.param, DEVICE, seed=0)
-    return request.param, problem, Judge.of(problem, request.param.neighborhood)
+    return request.param, problem, Judge.build(problem, request.param.neighborhood)
 
 
 @pytest.fixture(scope="module", params=peers.NAMES[DEVICE.type], ids=lambda name: name.replace(" ", "-"))
 def checked(request, judged):
-    """A peer that has given the right results on the case."""
+    """Give a peer that has given the right results on the case."""
     case, problem, judge = judged
     torch.compiler.reset()
     torch.backends.cudnn.allow_tf32 = False

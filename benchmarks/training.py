@@ -2,245 +2,307 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
-from dataclasses import replace
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
+from matplotlib.figure import Figure
 
-from tvae import steps
-from tvae.data import SequenceSource, SequenceStream
-from tvae.models import VAE
-from tvae.presets import PRESETS, Config
-from tvae.training import build_optimizer, seed_noise, untrained_model
-from tvae_kernels import Latents, TopographicLayer
-from tvae_kernels.latents import composed, drawn
+from tvae.config import Config
 
-from . import devices, peers
-from .operation import WrongResultError
+from . import devices, render, targets
+from .measuring import Say, in_turn, measure_all, reason, silent
+from .records import Record, Result, tenths
+from .render import markdown, milliseconds, where
+from .targets import Target
+from .variants import MNIST, SPRITES, VARIANTS, Products, Trainer, Variant, check, config_of, rounding
 
-NAMES = ("mnist-tvae-w18-k3", "sprites-tvae-w10-k1")
+DEVICES = ("cpu", "cuda")
+PICTURE = "training"
+SHOWN = ("", "targets")
 BATCHES = (1, 16)  # times the paper's
-VARIANTS = {
+NAMES = {
     "cpu": ("eager", "compiled", "reference", "convolution"),
     "cuda": ("eager", "compiled", "graph", "reference", "convolution"),
 }
-WARM_UP = steps.GraphStep.EAGER_STEPS
-ROUND = 5  # steps of a variant before it is another's turn
-FEWEST_SAMPLES = 3
+OURS = ("eager", "compiled", "graph")
+BLOCK = 5  # steps of a variant before it is another's turn
 PATIENCE = 60e6  # microseconds of samples after which a slow variant is not sampled further
+COLORS = {"data": "0.25", "forward": "tab:blue", "backward": "tab:orange", "optimiser": "0.8", "replay": "tab:cyan"}
+LABELS = {
+    "eager": "ours, eager",
+    "compiled": "ours, compiled",
+    "graph": "ours, graph replayed",
+    "reference": "reference layer, eager",
+    "convolution": "convolution layer, eager",
+}
 
 
-class GivenNoise(TopographicLayer):
-    """Ours with noise drawn by PyTorch, as the other layers' is: kernels draw their own."""
+def run(data_dir: Path | None = None, samples: int = 50, output: Path | None = None) -> Result:
+    """Time a whole training step at the paper's sizes, data included.
 
-    def sample(
-        self,
-        z: Tensor,
-        u: Tensor,
-        noise: None = None,
-        first: int = 0,
-        of: int | None = None,
-        axis: Tensor | None = None,
-    ) -> Latents:
-        """See `TopographicLayer.sample`."""
-        return super().sample(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of), axis=axis)
+    Every way to take the step is checked against the first before it is timed.
 
+    Without `--output` README.md, docs/ and the figure are made anew.
 
-class Convolution(TopographicLayer):
-    """The layer of the code published with the paper, for plain windows, which have no axes to be told about."""
-
-    def forward(self, z: Tensor, u: Tensor, axis: None = None) -> Tensor:
-        """See `peers.convolution`."""
-        return peers.convolution(z, u, self.mu, self.neighborhood)
-
-    def sample(
-        self, z: Tensor, u: Tensor, noise: None = None, first: int = 0, of: int | None = None, axis: None = None
-    ) -> Latents:
-        """See `TopographicLayer.sample`."""
-        return composed(z, u, drawn(z[:, :, 0], u[:, :, 0], first, of), self)
-
-
-LAYERS = {"given noise": GivenNoise, "convolution": Convolution}
-OWN_NOISE = ("eager", "graph")  # variants whose noise is drawn by our kernels, where they run
-
-
-def cases(data_dir: Path | None) -> list[tuple[str, Config]]:
-    """The paper's models at all batches, by preset; those of MNIST only where there is a folder with its files."""
-    names = [name for name in NAMES if data_dir is not None or "mnist" not in name]
-    bases = {name: replace(PRESETS[name].config, data_dir=data_dir) for name in names}
-    return [
-        (name, replace(base, batch_size=times * base.batch_size)) for name, base in bases.items() for times in BATCHES
-    ]
-
-
-class Variant:
-    """One way to take the steps of a configuration, with a model of its own: its layer, and the kind of its step."""
-
-    def __init__(self, name: str, config: Config, source: SequenceSource):
-        self.name = name
-        self.seed = config.seed
-        model = untrained_model(config, source)
-        self.initial = copy.deepcopy(model.state_dict())
-        if name == "reference":
-            model.topographic.backend = "reference"
-        elif name in LAYERS:
-            model.topographic.__class__ = LAYERS[name]  # which differ in what they do, not in what they hold
-        fabric = Fabric(accelerator=source.device.type, devices=1)
-        self.model, optimizer = fabric.setup(model, build_optimizer(config, model))
-        kind = name if name in steps.KINDS else "eager"
-        stream = SequenceStream(source, config.batch_size, config.seed)
-        self.step = steps.build_step(kind, config.precision, fabric, self.model, optimizer, stream)
-        self.next = 0
-
-    def __call__(self, clock, count: int) -> list[dict[str, float]]:
-        """Microseconds of every stage of the next steps, without waiting for a GPU between them."""
-        names, marks = [], [clock.mark()]
-        for i in range(self.next, self.next + count):
-            seed_noise(self.seed, i)
-            for name in self.step.stages(i):
-                names.append(name)
-                marks.append(clock.mark())
-        self.next += count
-        times, stages = clock.microseconds(*marks), len(names) // count
-        return [dict(zip(names[:stages], times[i:], strict=False)) for i in range(0, len(times), stages)]
-
-    def first_step(self) -> tuple[dict[str, Tensor], int]:
-        """Loss and gradients of the first step, warm; and the peak of its memory, beyond weights, momentum and data."""
-        for i in range(WARM_UP if self.name == "graph" else 1):
-            self.step(i)
-        self.model.load_state_dict(self.initial)
-        self.step.optimizer.zero_grad()
-        seed_noise(self.seed, 0)
-        memory = devices.peak_memory(self.step.fabric.device, lambda: self.step(0))
-        result = {"loss": -self.step.elbo.total.mean()}
-        return result | {name: p.grad.clone() for name, p in self.model.module.named_parameters()}, memory
-
-
-def check(name: str, found: dict[str, Tensor], wanted: dict[str, Tensor], config: Config, bound: float) -> float:
-    """The largest difference of a loss or gradient from the one wanted, by norm, as a fraction of the bound.
-
-    Raises:
-        WrongResultError: it is above 1.
+    Args:
+        data_dir: folder with MNIST; without it only the model of sprites is measured.
+        samples: steps of each variant; slow ones get fewer.
+        output: JSON file to write, after every case; by default benchmarks/results/training-MACHINE.json.
 
     """
-    worst = 0.0
-    for what, x in found.items():
-        error = ((x - wanted[what]).norm() / wanted[what].norm()).item() / bound
-        if not error <= 1:  # also for NaN
-            raise WrongResultError(f"{name}: {what} of {config.data} is off by {error:.3g} times its error bound")
-        worst = max(worst, error)
-    return worst
+    device = devices.here()
+    torch.backends.cudnn.allow_tf32 = False  # the convolution computes in float32 like the others
+    measured = partial(measure, device=device, samples=samples)
+    return measure_all("training", cases(data_dir), measured, device.type, {"samples": samples}, output)
 
 
-def rounding(model: VAE, products: Products, config: Config) -> float:
-    """How far two ways to take the same step may be apart, relatively, in float32.
+@dataclass(frozen=True)
+class Case:
+    """Names a preset at some batch."""
 
-    The errors of a chain of n additions are as good as random, and add up to more than 6·sqrt(n) of them with a
-    probability of 4e-8 (see `operation.Judge`). The longest chain goes through the inner products of all layers, there
-    and back, of the weights' gradients, and three window sums, for r cubed is in the gradient.
-    """
-    terms = sum(a.shape[1] for a, _, _ in products.operands) + 3 * sum(1 for _ in config.neighborhood.taps())
-    return 6 * math.sqrt(terms) * torch.finfo(torch.float32).eps
+    preset: str
+    config: Config
+
+    @property
+    def fields(self) -> dict:
+        """Say in a record which case it is."""
+        return {"preset": self.preset, "batch_size": self.config.training.batch_size}
+
+    @property
+    def name(self) -> str:
+        """Name the case, as in "sprites-tvae-w10-k1, batch 8"."""
+        return f"{self.preset}, batch {self.config.training.batch_size}"
 
 
-class Products:
-    """The floor: the matrix products of a step alone, forward, for the weights' gradients, and for the inputs'."""
-
-    def __init__(self, model: VAE, images: Tensor):
-        self.operands: list[tuple[Tensor, Tensor, Tensor]] = []
-        layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-        hooks = [layer.register_forward_hook(self._add) for layer in layers]
-        model(images)
-        for hook in hooks:
-            hook.remove()
-
-    def _add(self, layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-        x, y, w = (torch.randn_like(t) for t in (inputs[0].flatten(0, -2), output.flatten(0, -2), layer.weight))
-        pairs = [(x, w.T), (y.T, x)] + [(y, w)] * inputs[0].requires_grad
-        self.operands += [(a, b, a.new_empty(a.shape[0], b.shape[1])) for a, b in pairs]
-
-    def __call__(self, clock, count: int) -> list[dict[str, float]]:
-        """Microseconds of all, one after the other, `count` times."""
-        marks = [clock.mark()]
-        for _ in range(count):
-            for a, b, result in self.operands:
-                torch.mm(a, b, out=result)
-            marks.append(clock.mark())
-        return [{"products": time} for time in clock.microseconds(*marks)]
+def cases(data_dir: Path | None) -> list[Case]:
+    """List the paper's models at all batches; that of MNIST only where there is a folder with its files."""
+    names = (MNIST, SPRITES) if data_dir is not None else (SPRITES,)
+    return [Case(name, config_of(name, data_dir, times)) for name in names for times in BATCHES]
 
 
 def measure(
-    preset: str, config: Config, device: torch.device, samples: int, say: Callable[[str], object] = lambda _: None
-) -> dict:
-    """Check all variants of a configuration against ours with the same noise; time them and the products alone in turn.
+    case: Case,
+    say: Say = silent,
+    *,
+    device: torch.device,
+    samples: int,
+    variants: Mapping[str, Variant] | None = None,
+) -> list[Record]:
+    """Check all variants against ours with the same noise; time them and the matrix products alone in turn.
 
     Args:
-        preset: the configuration's name.
-        config: the preset, at some batch.
+        case: the preset.
+        say: what is being done.
         device: where.
         samples: steps of each variant, fewer of the slow ones.
-        say: told what is being done.
+        variants: by name, ours first; by default all of the device.
 
     Returns:
-        `preset`, `batch_size` and `frames`, all of a batch; `samples`, by variant and stage in microseconds; `memory`,
-        by variant the peak in bytes of a step beyond the weights, their momentum and the data set; `error`, by variant
-        the largest difference from ours as a fraction of its bound; `not_timed`, by variant why.
+        A record for each variant: samples by stage; the peak memory of a step beyond the weights, their momentum and
+        the data set; the largest difference from ours; and the frames of a batch. And one of the products.
 
     Raises:
         WrongResultError: a variant takes another step; then nothing is timed.
 
     """
     torch.compiler.reset()
-    source = config.open_source("train", device)
-    model = untrained_model(config, source).to(device)
-    products = Products(model, SequenceStream(source, config.batch_size, config.seed)[0].images)
-    bound = rounding(model, products, config)
-    timed, memory, errors, not_timed = {}, {}, {}, {}
+    variants = variants or {name: VARIANTS[name] for name in NAMES[device.type]}
+    source = case.config.open_source("train", device)
+    products = Products(case.config, source)
+    bound = rounding(products, case.config)
     say("check given noise")
-    with_given_noise, wanted = Variant("given noise", config, source).first_step()[0], None
-    for name in VARIANTS[device.type]:
+    with_given_noise, wanted = Trainer(VARIANTS["given noise"], case.config, source).first_step()[0], None
+    timed, memory, errors, not_measured = {}, {}, {}, {}
+    for name, variant in variants.items():
         say(f"check {name}")
-        variant = Variant(name, config, source)
+        trainer = Trainer(variant, case.config, source)
         try:
-            found, memory[name] = variant.first_step()
+            found, memory[name] = trainer.first_step()
         except RuntimeError as error:
             if wanted is None:
                 raise
-            not_timed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            not_measured[name] = reason(error)
             continue
         wanted = wanted or found
-        errors[name] = check(name, found, wanted if name in OWN_NOISE else with_given_noise, config, bound)
-        timed[name] = variant
+        errors[name] = check(name, found, wanted if variant.own_noise else with_given_noise, bound)
+        timed[name] = trainer
     timed["products"] = products
-    taken = in_turn(timed, devices.clock(device), samples, say)
-    case = {"preset": preset, "batch_size": config.batch_size, "frames": config.batch_size * source.sequence_length}
-    return case | {"samples": taken, "memory": memory, "error": errors, "not_timed": not_timed}
+    timed = {name: partial(take, devices.clock(device)) for name, take in timed.items()}
+    taken = in_turn(timed, samples, say, patience=PATIENCE, block=BLOCK, skipped=1)
+    frames = {"frames": case.config.training.batch_size * source.sequence_length}
+    return [
+        *(Record(case.fields, x, taken[x], {"step": memory[x]}, errors[x], frames) for x in errors),
+        Record(case.fields, "products", taken["products"]),
+        *(Record(case.fields, name, not_measured=why) for name, why in not_measured.items()),
+    ]
 
 
-def in_turn(
-    timed: dict[str, Callable[[object, int], list[dict[str, float]]]],
-    clock,
-    samples: int,
-    say: Callable[[str], object],
-) -> dict[str, dict[str, list[float]]]:
-    """Take rounds of steps of each in turn, fewer of the slow ones; by name and stage.
+@dataclass(frozen=True)
+class Measured:
+    """Holds the records of one case, by variant."""
 
-    The first step of a round finds the caches full of another's data and is not counted.
-    """
-    say("warm up")
-    first = {name: sum(call(clock, 1)[0].values()) for name, call in timed.items()}
-    left = {name: min(samples, max(FEWEST_SAMPLES, int(PATIENCE / time))) for name, time in first.items()}
-    taken = {name: [] for name in timed}
-    while any(left.values()):
-        say(f"time {samples - max(left.values())} of {samples}")
-        for name, call in timed.items():
-            count = min(ROUND, left[name])
-            left[name] -= count
-            if count:
-                taken[name] += call(clock, 1 + count)[1:]
-    return {name: {stage: [x[stage] for x in rows] for stage in rows[0]} for name, rows in taken.items()}
+    records: dict[str, Record]
+
+    @property
+    def preset(self) -> str:
+        """Name the preset."""
+        return self.records["products"].case["preset"]
+
+    @property
+    def batch_size(self) -> int:
+        """Give the number of sequences in a batch."""
+        return self.records["products"].case["batch_size"]
+
+    @property
+    def variants(self) -> list[str]:
+        """List those timed."""
+        return [name for name, record in self.records.items() if record.samples and name != "products"]
+
+    def median(self, variant: str) -> float:
+        """Give the microseconds of a whole step, or of the matrix products alone if the variant is "products"."""
+        return statistics.median(self.records[variant].whole())
+
+    def fastest(self) -> str:
+        """Choose the variant of ours with the shortest step."""
+        return min((name for name in OURS if name in self.variants), key=self.median)
+
+    def share_of_products(self, variant: str) -> float:
+        """Give the matrix products' share of the step: 1 is the floor."""
+        return self.median("products") / self.median(variant)
+
+    def hours(self, variant: str) -> float:
+        """Say how long the training of the preset takes, as long as it is in the paper."""
+        config = config_of(self.preset)
+        return config.training.batch_size * config.training.steps / self.batch_size * self.median(variant) / 3600e6
+
+
+def measured(result: Result) -> list[Measured]:
+    """Give every case of a result."""
+    return [Measured(records) for records in result.by_case()]
+
+
+def table(result: Result) -> str:
+    """Lay out whole steps: medians, rates, and how long the paper's training takes."""
+    heads = ["whole step", "steps/s", "in matrix products", "the paper's 100 epochs"]
+
+    def row(m: Measured, variant: str) -> list[str]:
+        low, high = tenths(m.records[variant].whole())
+        rate = 1e6 / m.median(variant)
+        return [
+            f"{milliseconds(m.median(variant))} ({milliseconds(low)} to {milliseconds(high)})",
+            f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}",
+            f"{100 * m.share_of_products(variant):.0f} %",
+            render.hours(m.hours(variant)),
+        ]
+
+    return _table(result, heads, row)
+
+
+def stages_table(result: Result) -> str:
+    """Lay out the medians of the stages of a step, frames and memory."""
+
+    def row(m: Measured, variant: str) -> list[str]:
+        record = m.records[variant]
+        times = [record.median(stage) for stage in COLORS]
+        frames = f"{record.values['frames'] / m.median(variant) * 1e6:,.0f}"
+        memory = render.mebibytes(record.memory["step"])
+        return ["" if time is None else milliseconds(time) for time in times] + [frames, memory]
+
+    return _table(result, [*COLORS, "frames/s", "peak memory"], row)
+
+
+def _table(result: Result, heads: list[str], row: Callable[[Measured, str], list[str]]) -> str:
+    rows, missing = [], ""
+    for m in measured(result):
+        preset, batch = f"`{m.preset}`", str(m.batch_size)
+        rows += [[preset, batch, LABELS[variant], *row(m, variant)] for variant in m.variants]
+        for variant, record in m.records.items():
+            if record.not_measured:
+                missing += f"\n\nNot timed: {LABELS[variant]}, {preset}, batch {batch}: {record.not_measured}"
+    return f"Measured {where(result)}\n\n{markdown(['preset', 'batch', 'step', *heads], rows)}{missing}"
+
+
+def targets_table(result: Result) -> str:
+    """Lay out every promise beside what was measured."""
+    return f"Measured {where(result)}\n\n{targets.table(promises(result))}"
+
+
+def picture_link(result: Result) -> str:
+    """Show the picture that `draw` draws."""
+    return render.link("Stages of a training step, beside the matrix products alone", PICTURE, result)
+
+
+TABLES = {"": table, "stages": stages_table, "targets": targets_table, "figure": picture_link}
+
+
+def promises(result: Result) -> list[Target]:
+    """Judge the promises of a whole training step, data included, on a GPU or on two cores of a CPU."""
+    found = {(m.preset, m.batch_size): m for m in measured(result)}
+    if result.device == "cuda":
+        replayed = {size: m for size, m in found.items() if "graph" in m.variants}
+        return _in_time(replayed.get((MNIST, 8))) + [_in_products(replayed.get((x, 128)), x) for x in (MNIST, SPRITES)]
+    limits = ((MNIST, 60, 237), (SPRITES, 75, 420))
+    return [_fastest(found.get((preset, 8)), preset, *limit) for preset, *limit in limits]
+
+
+def _fastest(m: Measured | None, preset: str, most: float, published: float) -> Target:
+    promise = f"`{preset}`, 8 sequences: at most {most} ms a step (published code: {published} ms)"
+    if m is None:
+        return Target(promise)
+    time = m.median(m.fastest()) / 1e3
+    return Target(promise, f"{time:.3g} ms, {m.fastest()}", time <= most)
+
+
+def _in_time(m: Measured | None) -> list[Target]:
+    by_rate = f"`{MNIST}`, 8 sequences, replayed: at least 2,500 steps/s"
+    by_time = f"`{MNIST}`, 8 sequences, replayed: 100 epochs in less than 5 minutes"
+    if m is None:
+        return [Target(by_rate), Target(by_time)]
+    rate, minutes = 1e6 / m.median("graph"), 60 * m.hours("graph")
+    return [
+        Target(by_rate, f"{rate:,.0f} steps/s", rate >= 2500),
+        Target(by_time, f"{minutes:.3g} minutes", minutes < 5),
+    ]
+
+
+def _in_products(m: Measured | None, preset: str) -> Target:
+    promise = f"`{preset}`, 128 sequences, replayed: at least 60 % of the step in matrix products"
+    if m is None:
+        return Target(promise)
+    share = m.share_of_products("graph")
+    return Target(promise, f"{100 * share:.0f} %", share >= 0.6)
+
+
+def draw(result: Result) -> Figure:
+    """Draw every step as a bar of its stages, one panel a case, and the matrix products alone as a line."""
+    every = measured(result)
+    figure = Figure((8, 0.8 + sum(0.7 + 0.3 * len(m.variants) for m in every)), layout="constrained")
+    axes = figure.subplots(len(every), squeeze=False, height_ratios=[1 + len(m.variants) for m in every])
+    for axis, m in zip(axes[:, 0], every, strict=True):
+        shown = m.variants[::-1]
+        left = [0.0] * len(shown)
+        for stage, color in COLORS.items():
+            width = [(m.records[variant].median(stage) or 0) / 1e3 for variant in shown]
+            if any(width):
+                axis.barh(range(len(shown)), width, left=left, color=color, edgecolor="black", label=stage)
+            left = [a + b for a, b in zip(left, width, strict=True)]
+        axis.axvline(m.median("products") / 1e3, color="black", linestyle="--", label="matrix products alone")
+        ours = max(total for variant, total in zip(shown, left, strict=True) if variant != "convolution")
+        limit = min(max(left), 3 * ours)  # what is longer is cut, and says how long it is
+        for place, total in enumerate(left):
+            axis.text(min(total, limit), place, f" {milliseconds(1e3 * total)}", va="center", fontsize=8)
+        axis.set_xlim(0, 1.15 * limit)
+        axis.set_yticks(range(len(shown)), [LABELS[variant] for variant in shown], fontsize=8)
+        axis.set_title(f"{m.preset}, {m.batch_size} sequences", fontsize=9)
+    axes[-1, 0].set_xlabel("milliseconds of a step, medians of its stages")
+    entries = {}
+    for axis in axes[:, 0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", fontsize=8, ncols=len(entries))
+    figure.suptitle(f"Measured {where(result)}", fontsize=7)
+    return figure

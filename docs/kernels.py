@@ -16,7 +16,7 @@ PALE, WINDOW, SUFFIX, PREFIX = "0.94", "tab:orange", "tab:green", "tab:purple"
 
 
 def cell(axis: Axes, x: float, y: float, color: str = PALE, text: str = "", edge: str = "white", width: float = 1):
-    """A unit square with its corner at `(x, y)`."""
+    """Return a unit square with its corner at `(x, y)`."""
     axis.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor=edge, linewidth=width))
     axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8)
 
@@ -29,7 +29,7 @@ def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 
 def lanes(axis: Axes, size: int = 8, window: range = range(1, 5), lane: int = 6):
-    """A capsule of one sequence, its diagonals, and the window of one element."""
+    """Return a capsule of one sequence, its diagonals, and the window of one element."""
     for l in range(size):
         for d in range(size):
             mine = (d - l) % size == lane
@@ -63,7 +63,7 @@ def blocks(axis: Axes, size: int = 12, window: int = 4, first: int = 2):
 
 
 def tiles(axis: Axes, frames: int = 16, window: int = 4):
-    """What a program of the backward pass holds of a long sequence."""
+    """Return what a program of the backward pass holds of a long sequence."""
     halo = window - 1
     columns = (
         ("u", "read", range(frames), "lightblue"),

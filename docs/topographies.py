@@ -204,7 +204,7 @@ RUNS = {
 
 
 def runs_table() -> str:
-    """The metrics of `RUNS`, and of chance in brackets."""
+    """Return the metrics of `RUNS`, and of chance in brackets."""
     rows, shown = [], ("elbo", "equivariance_error", "capcorr")
     for preset in RUNS:
         metrics = load(FOLDER.parent / f"results/{preset}-1000-steps/evaluation.json")
@@ -217,7 +217,7 @@ def runs_table() -> str:
 
 
 def runs() -> str:
-    """The metrics and a picture of each."""
+    """Return the metrics and a picture of each."""
     text = f"{runs_table()}\n\nIn brackets is what chance gives.\n"
     for preset, shown in RUNS.items():
         text += f"\n`{preset}`: {shown}\n\n![Traversals of {preset}](../results/{preset}-1000-steps/traversals.png)\n"
@@ -225,7 +225,7 @@ def runs() -> str:
 
 
 def terms(topography: Topography) -> tuple[Neighborhood, torch.Tensor]:
-    """What every single `u = 1` adds to the window sums of one `t`; and its neighbourhood.
+    """Return what every single `u = 1` adds to the window sums of one `t`; and its neighbourhood.
 
     `(R, capsules, S_U, *lengths)`, asked of the layer itself: one sequence for every element of `u`, which is 1 there
     and 0 elsewhere.
@@ -285,7 +285,7 @@ def draw(topography: Topography) -> Figure:
 
 
 def page() -> str:
-    """The text of `topographies.md`."""
+    """Return the text of `topographies.md`."""
     parts = [
         "# Topographies\n\n"
         "Which `u²` share a denominator is one value, a `Neighborhood`, that the layer, its three "

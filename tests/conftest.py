@@ -13,18 +13,57 @@ from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when tvae_kernels.kernels is first imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when tvae_kernels.backends.triton is first imported
 os.environ.pop("TVAE_KERNELS_BACKEND", None)  # each test names its backend
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+# How the names of the groups begin that take longest, the longest first: processes that start with these end together.
+HEAVY = (
+    "compile latents",
+    "test_composition",
+    "test_topographies",
+    "test_topographic",
+    "compiler",
+    "test_latents",
+    "kills",
+    "test_cli",
+    "torchrun",
+    "test_parallel",
+    "test_triton_plain",
+    "test_open",
+    "compile",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups and pytest selects by markers
+def pytest_collection_modifyitems(config, items):
+    """Mark what is quick, give each file its group where its tests have none, and put the heavy groups first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # by the number of tests: the order of the items is the better one
+    for item in items:
+        if not HAS_GPU and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        slow = "slow" in item.keywords or "exhaustive" in item.keywords or interprets(item)
+        if not slow and "quick" not in item.keywords:
+            item.add_marker("quick")
+    items.sort(key=weight)
+
+
+def weight(item) -> int:
+    """Where its group stands among the heavy ones, or after them."""
+    name = item.get_closest_marker("xdist_group").args[0]
+    return next((place for place, start in enumerate(HEAVY) if name.startswith(start)), len(HEAVY))
+
+
+def interprets(item) -> bool:
+    """Whether a test runs kernels, which takes seconds in the interpreter."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return not HAS_GPU and ("triton" in item.fixturenames or any(x == "triton" for x in parameters if type(x) is str))
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tvae_kernels import Neighborhood, reference, topographic
-from tvae_kernels.reference import compute_dtype
+from tvae_kernels.arguments import compute_dtype
 
 MU_SHAPES = {"none": None, "scalar": (), "capsule": ("C", 1), "position": ("D",), "each": ("C", "D")}
+
+
+def exhaustive(*values):
+    """Parameters of a case that is left to `-m exhaustive`."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 def window_matrix(
@@ -50,9 +56,9 @@ def window_matrix(
 
 def interpreted() -> bool:
     """Whether the triton backend runs in the interpreter."""
-    from tvae_kernels import kernels
+    from tvae_kernels.backends.triton import launch
 
-    return kernels.interpreted()
+    return launch.interpreted()
 
 
 @dataclass

@@ -26,6 +26,8 @@ from tvae.paper.exhibits import EXHIBITS
 from tvae.presets import PRESETS
 from tvae.training import loop
 
+pytestmark = pytest.mark.slow  # mark what is not `quick`
+
 ROOT = Path(__file__).parent.parent
 TINY = "--capsules 2 --steps 3 --evaluation-sequences 8 --importance-samples 2"
 COMMANDS = ("train", "evaluate", "traverse", "reproduce", "presets")

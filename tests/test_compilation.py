@@ -1,153 +1,303 @@
-"""The kernels compile for real GPUs, which the interpreter cannot show, and into the instructions they are meant to be.
+"""The kernels compile for real GPUs, which the interpreter cannot show, into the instructions they are meant to be.
 
-Run as a script, in a process where the interpreter is off, this file compiles all that `python -m benchmarks
-machine-code` does and writes what came out as JSON; run by pytest, it starts that process once and looks at the result.
+By default a cover of all that `python -m benchmarks machine-code` compiles, with `-m exhaustive` the rest. What came
+out is kept in pytest's cache, by all that it depends on, so that only what has changed is compiled again.
 """
 
+import gzip
+import hashlib
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from benchmarks import machine_code
-from benchmarks.machine_code import FORMS, TARGETS, Kernel
+from benchmarks.machine_code import FORMS, TARGETS, Form, Kernel
+from tvae_kernels import Neighborhood
 
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux"),
+]
+
+# The problems in `FORMS` of these kernels take most of a minute to compile: the cover has those once, else this one.
+SMALL = Form("latents, small", (8, 4, 16, 4), Neighborhood(2, 3), latents=True)
+TASKS = machine_code.tasks((SMALL, *FORMS))
+DIRECTIONS = ("forward", "backward")
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 SIZES = {"float32": 4, "bfloat16": 2, "float64": 8}
 EPS = 1e-6
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+MOST_KEPT = 2000  # results, of which the cover makes some sixty and all tasks three hundred
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> list[Kernel]:
-    """Every kernel of `machine_code.tasks()`, compiled."""
-    pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("compiled")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    output = folder / "results.json"
-    command = [sys.executable, __file__, str(output)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return [Kernel(**data) for data in json.loads(output.read_text())]
+# --- which are compiled -----------------------------------------------------------------------------------------------
 
 
-def chosen(kernels: list[Kernel], **wanted: str) -> list[Kernel]:
-    """Those whose fields are as wanted; there is at least one."""
-    found = [k for k in kernels if all(getattr(k, name) == value for name, value in wanted.items())]
-    assert found
-    return found
+@cache
+def kernel_of(form: Form, dtype: str, direction: str) -> str:
+    """The name of the kernel that a problem launches."""
+    task = next(t for t in TASKS if (t.form, t.type, t.direction) == (form, dtype, direction))
+    return machine_code.launched(task)[0].fn.__name__
 
 
-def label(k: Kernel) -> str:
-    """For messages: which kernel it is."""
-    return f"{k.form} {k.shape} {k.window} {k.type} {k.target} {k.direction}"
-
-
-def test_every_problem_becomes_a_binary_for_every_target(kernels):
-    wanted = [
-        (form.name, form.shape, target, dtype, direction)
-        for form in FORMS
-        for target in form.targets
-        for dtype in form.types
-        for direction in ("forward", "backward")
-    ]
-    assert [(k.form, tuple(k.shape), k.target, k.type, k.direction) for k in kernels] == wanted
-
-
-def test_the_problems_reach_every_kernel(kernels):
-    names = {k.name for k in kernels}
-    assert names == {
-        f"{kind}_{direction}_kernel"
-        for kind in ("whole", "latents", "tile", "taps", "fourier")
-        for direction in ("forward", "backward")
+def shown(task) -> set[tuple]:
+    """What the compilation of a task shows."""
+    kernel = kernel_of(task.form, task.type, task.direction)
+    return {
+        ("form", task.form),
+        ("form", task.form.name if task.form.latents else task.form, task.direction),
+        ("target", task.target, kernel),
+        ("target", task.target, task.type, task.direction),
+        ("type", task.type, kernel),
     }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_spilled(kernels, target):
-    spilled = {label(k): k.spilled for k in chosen(kernels, target=target) if k.spilled}
-    assert not spilled
+def work(task) -> int:
+    """What the time to compile grows with: the taps of the frames that a lane holds, where they are unrolled."""
+    kernel, S, W = (
+        kernel_of(task.form, task.type, task.direction),
+        task.form.shape[1],
+        task.form.neighborhood.time_window,
+    )
+    return 100 + S * W * (10 if kernel.startswith("latents") else 1 if kernel.startswith("whole") else 0)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_float64_where_none_was_asked_for(kernels, target):
+def cover(tasks: list) -> set:
+    """Tasks that show everything there is to show: again and again the one that shows most for its work."""
+    chosen, missing = set(), set().union(*map(shown, tasks))
+    while missing:
+        best = max(tasks, key=lambda task: len(shown(task) & missing) / work(task))
+        chosen.add(best)
+        missing -= shown(best)
+    return chosen
+
+
+COVER = cover(TASKS)
+
+
+def of(**wanted):
+    """Parametrise a test by the tasks whose fields are as wanted, or among them; outside of the cover, exhaustively."""
+
+    def fits(task) -> bool:
+        fields = vars(task) | {"form": task.form.name}
+        return all(fields[name] in (v if isinstance(v, (list, tuple)) else [v]) for name, v in wanted.items())
+
+    def marks(task) -> list:
+        group = pytest.mark.xdist_group(f"compile {task.form.name} {task.target}")
+        return [group] if task in COVER else [group, pytest.mark.exhaustive]
+
+    parameters = [pytest.param(task, id=label(task), marks=marks(task)) for task in TASKS if fits(task)]
+    return pytest.mark.parametrize("task", parameters)
+
+
+def label(task) -> str:
+    shape = "x".join(map(str, task.form.shape))
+    return f"{task.form.name}-{shape}-{task.type}-{task.target}-{task.direction}"
+
+
+# --- how --------------------------------------------------------------------------------------------------------------
+
+
+def compile_kept(task, folder: Path) -> Kernel:
+    """What `machine_code.compile_one` returns, or has returned for the same kernel; in a process of the pool."""
+    kernel, arguments = machine_code.launched(task)
+    analysis = Path(machine_code.__file__).read_bytes()
+    content = f"{machine_code.key(task, kernel, arguments)} {task}".encode() + analysis
+    file = folder / hashlib.sha256(content).hexdigest()
+    if file.exists():
+        file.touch()
+        return Kernel(**json.loads(gzip.decompress(file.read_bytes())))
+    found = machine_code.describe(task, kernel, arguments, machine_code.compiled(task, kernel, arguments))
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as new:
+        new.write(gzip.compress(json.dumps(asdict(found)).encode()))
+    os.replace(new.name, file)  # whole or not at all, whoever else writes it
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(request, tmp_path_factory):
+    """A function of a task: its kernel. One process compiles, beside one that waits for it."""
+    folder = request.config.cache.mkdir("machine_code")
+    with machine_code.pool(1, {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}) as pool:
+        yield cache(lambda task: pool.submit(compile_kept, task, folder).result())
+    with suppress(FileNotFoundError):  # another process removes, or has just written, the same
+        for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)[:-MOST_KEPT]:
+            file.unlink()
+
+
+@pytest.fixture
+def k(task, compiled) -> Kernel:
+    """The kernel of a task."""
+    return compiled(task)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_the_problems_reach_every_kernel():
+    assert {kernel_of(t.form, t.type, t.direction) for t in TASKS} == {
+        f"{kind}_{direction}_kernel"
+        for kind in ("whole", "latents", "tile", "taps", "fourier")
+        for direction in DIRECTIONS
+    }
+
+
+def test_the_cover_reaches_every_form_and_every_kernel_for_every_target_and_type():
+    """That some problem in `FORMS` has, at a fraction of the tasks."""
+    reached = {(kernel_of(t.form, t.type, t.direction), t.target) for t in COVER}
+    assert reached == {(kernel_of(t.form, t.type, t.direction), t.target) for t in TASKS}
+    assert len(reached) == 10 * len(TARGETS)
+    assert {t.form for t in COVER} >= set(FORMS)
+    assert {(t.form.name, t.direction) for t in COVER} == {(t.form.name, t.direction) for t in TASKS}
+    assert {(t.form, t.direction) for t in COVER} >= {
+        (form, d) for form in FORMS if not form.latents for d in DIRECTIONS
+    }
+    assert {(t.target, t.type, t.direction) for t in COVER} == {(t.target, t.type, t.direction) for t in TASKS}
+    assert {(kernel_of(t.form, t.type, t.direction), t.type) for t in COVER} == {
+        (kernel_of(t.form, t.type, t.direction), t.type) for t in TASKS
+    }
+    assert len(COVER) < len(TASKS) / 3
+
+
+@of()
+def test_every_problem_becomes_a_binary_for_every_target(task, k):
+    assert (k.form, tuple(k.shape), k.target, k.type) == (task.form.name, task.form.shape, task.target, task.type)
+    assert (k.direction, k.name) == (task.direction, kernel_of(task.form, task.type, task.direction))
+    assert k.registers > 0
+
+
+@of()
+def test_nothing_is_spilled(k):
+    assert k.spilled == 0
+
+
+@of()
+def test_no_float64_where_none_was_asked_for(k):
     """A Python float such as eps must not pull a kernel into float64, which is many times slower on most GPUs."""
-    for dtype in ("float32", "bfloat16"):
-        for k in chosen(kernels, target=target, type=dtype):
-            assert k.double == 0, label(k)
-            assert not re.search(r"[._]f64\b", k.text), label(k)
-    for k in chosen(kernels, target=target, type="float64"):
-        assert k.double > 0, label(k)
+    if k.type == "float64":
+        assert k.double > 0
+    else:
+        assert k.double == 0
+        assert not re.search(r"[._]f64\b", k.text)
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-def test_no_float32_in_a_float64_kernel(kernels, target):
+@of(target=NVIDIA, type="float64")
+def test_no_float32_in_a_float64_kernel(k):
     """A value that passes through float32 loses half its digits."""
-    for k in chosen(kernels, target=target, type="float64"):
-        assert not re.search(r"\.f32\b", k.text), label(k)
+    assert not re.search(r"\.f32\b", k.text)
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("form", ["short", "short, time cut", "latents", "ring", "long", "long, r saved"])
-def test_global_memory_is_touched_once(kernels, target, form):
+@of(target=NVIDIA, form=["short", "short, time cut", "latents", "ring", "long", "long, r saved"])
+def test_global_memory_is_touched_once(task, k):
     """Counted in the machine code: every input read once, every output written once.
 
     A tile also reads the frames around it that its windows reach into, and `r` where that is kept. Every thread, which
     has 15 elements or more, reads `mu`, and may write a number for its gradient. With latents it also reads a seed, and
     forward writes its share of the KL terms; backward it reads their gradients, and mean and log-variance of `u` again.
     """
-    for k in chosen(kernels, target=target, form=form):
-        size, kept = SIZES[k.type], 4 if form == "long, r saved" else 0
-        reads, writes = machine_code.floor(k.name, k.direction)
-        if k.direction == "forward":
-            reads, writes = reads * size, writes * size + kept
-        else:  # without r a tile reads u once more at the end, from the cache: it has no registers to keep it in
-            again = {"tile_backward_kernel": 0 if kept else 1, "latents_backward_kernel": 2}.get(k.name, 0)
-            reads, writes = (reads + again) * size + kept, writes * size
-        for_mu = 1.1 * max(size, 4) / 15
-        if form == "latents":
-            for_mu += 2 * 4 * 1.2 + 8 / 15
-        assert reads <= k.loaded <= reads * k.halo + for_mu, label(k)
-        assert writes <= k.stored <= writes * k.halo + for_mu, label(k)
+    size, kept = SIZES[k.type], 4 if k.form == "long, r saved" else 0
+    reads, writes = machine_code.floor(k.name, k.direction)
+    if k.direction == "forward":
+        reads, writes = reads * size, writes * size + kept
+    else:  # without r a tile reads u once more at the end, from the cache: it has no registers to keep it in
+        again = {"tile_backward_kernel": 0 if kept else 1, "latents_backward_kernel": 2}.get(k.name, 0)
+        reads, writes = (reads + again) * size + kept, writes * size
+    for_mu = 1.1 * max(size, 4) / 15
+    if k.form == "latents":
+        for_mu += 2 * 4 * 1.2 + 8 / 15
+    assert reads <= k.loaded <= reads * k.halo + for_mu
+    assert writes <= k.stored <= writes * k.halo + for_mu
 
 
-@pytest.mark.parametrize("target", NVIDIA)
-def test_roots_are_as_exact_as_promised(kernels, target):
+@of(target=NVIDIA)
+def test_roots_are_as_exact_as_promised(k):
     """The one approximate instruction is the reciprocal root of CUDA's own `rsqrt`, of 2 ulp.
 
     In float64 that is the one without `.ftz`, which the assembler completes with Newton's method.
     """
-    for k in chosen(kernels, target=target):
-        approximate = set(re.findall(r"\b\w[\w.]*\.approx[\w.]*", k.text))
-        expected = {"rsqrt.approx.f64" if k.type == "float64" else "rsqrt.approx.ftz.f32"}
-        if k.form == "latents":  # the exponential of a log-variance; the root is in the noise
-            expected |= {"ex2.approx.f32", "sqrt.approx.ftz.f32"}
-        assert approximate <= expected, label(k)
+    approximate = set(re.findall(r"\b\w[\w.]*\.approx[\w.]*", k.text))
+    expected = {"rsqrt.approx.f64" if k.type == "float64" else "rsqrt.approx.ftz.f32"}
+    if k.name.startswith("latents"):  # the exponential of a log-variance; the root is in the noise
+        expected |= {"ex2.approx.f32", "sqrt.approx.ftz.f32"}
+    assert approximate <= expected
 
 
-def test_eps_has_all_the_digits_of_its_type(kernels):
-    as_float32 = "0f" + struct.pack(">f", EPS).hex().upper()
-    as_float64 = "0d" + struct.pack(">d", EPS).hex().upper()
-    assert all(as_float32 in k.text for k in chosen(kernels, target="sm_90", type="float32", direction="forward"))
-    assert all(as_float64 in k.text for k in chosen(kernels, target="sm_90", type="float64", direction="forward"))
+@of(target=NVIDIA, type=["float32", "float64"], direction="forward")
+def test_eps_has_all_the_digits_of_its_type(k):
+    form, prefix = (">f", "0f") if k.type == "float32" else (">d", "0d")
+    assert prefix + struct.pack(form, EPS).hex().upper() in k.text
 
 
-def test_bfloat16_results_are_rounded_to_nearest(kernels):
+@of(target=NVIDIA, type="bfloat16")
+def test_bfloat16_results_are_rounded_to_nearest(k):
     """The interpreter cuts them off instead, so that its tests cannot tell."""
-    for k in chosen(kernels, target="sm_90", type="bfloat16"):
-        stores = re.findall(r"cvt\.(\w+)\.bf16\w*\.f32", k.text)
-        assert stores
-        assert set(stores) == {"rn"}
+    assert set(re.findall(r"cvt\.(\w+)\.bf16\w*\.f32", k.text)) == {"rn"}
 
+
+# --- the processes that compile ---------------------------------------------------------------------------------------
+
+PARENT = """
+import sys
+from benchmarks import machine_code
+from test_compilation import wait_for_word
 
 if __name__ == "__main__":
-    with open(sys.argv[1], "w", encoding="utf-8") as file:
-        json.dump([asdict(kernel) for kernel in machine_code.compile_all()], file)
+    with machine_code.pool(2) as pool:
+        list(pool.map(wait_for_word, [sys.argv[1]] * 2))
+"""
+
+
+def wait_for_word(fifo: str) -> None:
+    """A task that says when it has begun, and waits to be told to say that it lives."""
+    os.write(1, b"begun\n")
+    with open(fifo, "rb", buffering=0) as file:
+        file.read(1)
+    os.write(1, b"alive\n")
+    os._exit(0)
+
+
+def test_processes_that_compile_end_with_the_one_that_started_them(tmp_path):
+    """Killed in the midst of their tasks: what they are told then, they never read."""
+    fifo, script = tmp_path / "fifo", tmp_path / "parent.py"
+    os.mkfifo(fifo)
+    script.write_text(PARENT)
+    word = os.open(fifo, os.O_RDWR)
+    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    command = [sys.executable, str(script), str(fifo)]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE) as parent:
+        assert [parent.stdout.readline() for _ in range(2)] == [b"begun\n"] * 2
+        parent.kill()
+        parent.wait()  # the kernel has sent the signal to its children then
+        os.write(word, b"ab")
+        assert parent.stdout.read() == b""  # to its end: no process holds the other end of the pipe any more
+    os.close(word)
+
+
+def test_what_is_kept_is_read_again_and_a_change_is_compiled_again(tmp_path, monkeypatch):
+    """In this process, where kernels are not compiled: a stand-in for the compiler counts what it is asked for."""
+    task, calls = TASKS[0], []
+    kernel = Kernel(
+        "form", (1, 2, 3, 4), (1, 2), "float32", "sm_80", "forward", "k", 1, 0, 0, 1.5, None, None, None, 0, ""
+    )
+
+    def describe(*_):
+        calls.append(1)
+        return kernel
+
+    monkeypatch.setattr(machine_code, "compiled", lambda *_: None)
+    monkeypatch.setattr(machine_code, "describe", describe)
+    for key, count in (("source 1", 1), ("source 1", 1), ("source 2", 2), ("source 1", 2)):
+        monkeypatch.setattr(machine_code, "key", lambda *_, key=key: key)
+        found = compile_kept(task, tmp_path)
+        assert (found.name, found.loaded, len(calls)) == ("k", None, count)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,11 +1,17 @@
 """The operation inside PyTorch's program transformations and between processes."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from numerics import exhaustive
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from tvae_kernels import Neighborhood, TopographicLayer, operators, topographic
+from tvae_kernels import Neighborhood, TopographicLayer, backends, roll_capsules, topographic, topographic_split
+from tvae_kernels.neighborhood import read
 
 NEIGHBORHOOD = Neighborhood(5, 3)
 SHAPE = (2, 6, 2, 6)
@@ -31,9 +37,18 @@ def transformed_backend(request):
     return request.getfixturevalue("triton") if request.param == "triton" else request.param
 
 
+# Every type and every kind of kernels once; the rest is exhaustive.
+TYPES = (torch.float64, torch.float32, torch.bfloat16)
+COMPILED = [
+    ((lambda *values: values) if i == j else exhaustive)(boundary, dtype)
+    for i, boundary in enumerate(["time_boundary", "capsule_boundary", None])
+    for j, dtype in enumerate(TYPES)
+]
+
+
+@pytest.mark.slow
 @quiet
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("boundary", ["time_boundary", "capsule_boundary", None])
+@pytest.mark.parametrize(("boundary", "dtype"), COMPILED)
 def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(transformed_backend, dtype, boundary):
     neighborhood = Neighborhood(5, 3, **({boundary: "zero"} if boundary else {}))
     layer = TopographicLayer(neighborhood, mu_init=0.3, backend=transformed_backend)
@@ -50,6 +65,7 @@ def test_compiled_in_one_graph_it_has_the_same_value_and_gradients(transformed_b
         assert expected.abs().sum() > 0
 
 
+@pytest.mark.slow
 @quiet
 def test_another_batch_size_compiles_once_more_and_no_third_does(transformed_backend):
     """The second size makes the batch a variable; from then on nothing is compiled again."""
@@ -66,6 +82,7 @@ def test_another_batch_size_compiles_once_more_and_no_third_does(transformed_bac
     assert counts == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 @quiet
 def test_a_batch_marked_as_dynamic_is_compiled_once(transformed_backend):
     layer = TopographicLayer(NEIGHBORHOOD, mu_init=0.3, backend=transformed_backend)
@@ -89,7 +106,7 @@ OPERATOR_CASES = {
 
 @quiet
 @pytest.mark.parametrize(("neighborhood", "weighted"), OPERATOR_CASES.values(), ids=OPERATOR_CASES)
-@pytest.mark.parametrize("save_r", [True, False])
+@pytest.mark.parametrize("save_r", [True, exhaustive(False)])
 def test_operators_keep_their_promises(triton, neighborhood, weighted, save_r):
     """`opcheck`: the schema, the shapes and types that the compilers are told, tracing with dynamic shapes."""
     shape = (1, 4, 2, 4)
@@ -97,9 +114,13 @@ def test_operators_keep_their_promises(triton, neighborhood, weighted, save_r):
     weights = normal(3, 2, seed=4).abs().float() if weighted else None
     mu = torch.tensor(0.3)
     text = neighborhood.text
-    torch.library.opcheck(operators._forward, ("triton", z, u, mu, weights, text, 1e-6, save_r))
-    r = operators._forward("triton", z, u, mu, weights, text, 1e-6, True)[1]
-    torch.library.opcheck(operators._backward, ("triton", dt, z, u, mu, weights, r, text, 1e-6))
+    forward, backward = backends.forward.registered, backends.backward.registered
+    torch.library.opcheck(forward, ("triton", z, u, mu, weights, text, 1e-6, save_r))
+    if not save_r:
+        return
+    r = forward("triton", z, u, mu, weights, text, 1e-6, True)[1]
+    r = r if r.numel() else None
+    torch.library.opcheck(backward, ("triton", z, u, mu, weights, text, 1e-6, r, dt))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +131,7 @@ def test_operators_keep_their_promises(triton, neighborhood, weighted, save_r):
     ],
 )
 def test_a_neighborhood_survives_being_written_as_text(neighborhood):
-    assert operators._read(neighborhood.text) == neighborhood
+    assert read(neighborhood.text) == neighborhood
 
 
 def functions(backend):
@@ -171,6 +192,113 @@ def test_exported_program_gives_the_same(transformed_backend):
     torch.testing.assert_close(program(z, u), layer(z, u))
 
 
+# A window of each file of a backend.
+FILES = {
+    "plain": Neighborhood(3, 2),
+    "taps": Neighborhood(3, 2, 0.5),
+    "fourier": Neighborhood(3, 2, 0.5, roll="fourier"),
+}
+files = pytest.mark.parametrize("neighborhood", FILES.values(), ids=FILES)
+
+
+@quiet
+@files
+def test_compilers_are_told_what_results_are(transformed_backend, neighborhood):
+    """Also of tensors that are not contiguous: shapes, types and strides."""
+    z, u, dt = (normal(1, 4, 2, 4, seed=s).transpose(1, 3) for s in (1, 2, 3))
+    arguments = z, u, torch.tensor(0.3, dtype=z.dtype), normal(3, 2, seed=4).abs(), neighborhood.text, 1e-6
+    forward, backward = backends.forward.registered, backends.backward.registered
+    torch.library.opcheck(forward, (transformed_backend, *arguments, True))
+    r = forward(transformed_backend, *arguments, True)[1]
+    torch.library.opcheck(backward, (transformed_backend, *arguments, r, dt))
+
+
+@files
+def test_a_call_with_fake_tensors_leaves_nothing_behind(transformed_backend, neighborhood):
+    z, u = (normal(1, 4, 2, 4, seed=s) for s in (1, 2))
+    with FakeTensorMode() as mode:
+        fake = topographic(
+            mode.from_tensor(z).requires_grad_(), mode.from_tensor(u), 0.3, neighborhood, backend=transformed_backend
+        )
+        fake.sum().backward()
+    assert fake.shape == z.shape
+
+    def call(z, u):
+        return topographic(z, u, 0.3, neighborhood, backend=transformed_backend)
+
+    traced = make_fx(call, tracing_mode="fake")(z, u)
+    assert torch.equal(traced(z, u), call(z, u))
+    assert_equal_up_to_rounding(call(z, u), topographic(z, u, 0.3, neighborhood, backend="reference"))
+
+
+@files
+def test_tensors_without_memory_have_shapes(neighborhood):
+    z, u = (torch.empty(1, 4, 2, 4, device="meta", requires_grad=True) for _ in range(2))
+    t = topographic(z, u, 0.3, neighborhood)
+    t.sum().backward()
+    assert t.is_meta
+    assert t.shape == z.grad.shape == u.grad.shape == z.shape
+
+
+@quiet
+@files
+def test_sizes_and_eps_may_be_variables(transformed_backend, neighborhood):
+    torch._dynamo.reset()
+    z, u = (normal(2, 4, 2, 4, seed=s) for s in (1, 2))
+    compiled = torch.compile(lambda layer, z, u: layer(z, u), dynamic=True, fullgraph=True, backend="aot_eager")
+    for eps in (1e-6, 0.5):
+        layer = TopographicLayer(neighborhood, 0.3, eps, transformed_backend)
+        assert_equal_up_to_rounding(compiled(layer, z, u), layer(z, u))
+
+
+@quiet
+@pytest.mark.parametrize("roll", ["linear", "fourier"])
+def test_what_a_neighborhood_is_part_of_compiles(transformed_backend, roll):
+    """Streams, split sequences, rolls and speeds, in one graph."""
+    z, u = (normal(2, 4, 2, 4, seed=s) for s in (1, 2))
+    causal = Neighborhood(3, 2, causal=True, time_boundary="zero", roll=roll)
+    speeds = Neighborhood(3, 2, speeds=(1, 0.5), roll=roll)
+    layer = TopographicLayer(causal, 0.3, backend=transformed_backend)
+    for call in (
+        lambda z, u: layer.step(z, u)[0],
+        lambda z, u: topographic_split(z, u, 0.3, causal, backend=transformed_backend),
+        lambda z, u: roll_capsules(z, 2, speeds),
+        lambda z, u: topographic(z, u, 0.3, speeds, backend=transformed_backend),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert_equal_up_to_rounding(compiled(z, u), call(z, u))
+
+
+@files
+@pytest.mark.parametrize("weighted", ["", "capsule"])
+def test_func_jacrev(transformed_backend, neighborhood, weighted):
+    z, u = (normal(1, 4, 2, 4, seed=s) for s in (1, 2))
+    weights = normal(2, 3, 2, seed=3).abs() if weighted else None
+    actual, expected = (
+        torch.func.jacrev(lambda u, b=b: topographic(z, u, 1.0, neighborhood, weights, backend=b).sum((1, 2, 3)))(u)
+        for b in (transformed_backend, "reference")
+    )
+    assert expected.abs().sum() > 0
+    assert_equal_up_to_rounding(actual, expected)
+
+
+@pytest.mark.parametrize("neighborhood", [FILES["plain"], *map(exhaustive, list(FILES.values())[1:])], ids=FILES)
+def test_an_exported_program_runs_where_the_package_was_imported(neighborhood, tmp_path):
+    layer = TopographicLayer(neighborhood, 0.3, backend="torch")
+    z, u = (normal(*SHAPE, seed=s).float().cpu() for s in (1, 2))
+    torch.export.save(torch.export.export(layer.cpu(), (z, u)), tmp_path / "layer.pt2")
+    torch.save((z, u, layer(z, u).detach()), tmp_path / "tensors.pt")
+    code = (
+        "import sys, torch, tvae_kernels\n"
+        "z, u, expected = torch.load(sys.argv[1] + '/tensors.pt')\n"
+        "t = torch.export.load(sys.argv[1] + '/layer.pt2').module()(z, u)\n"
+        "torch.testing.assert_close(t, expected)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+
+
 class Doubled(torch.nn.Module):
     """The layer on two linear maps of its input, so that all of its gradients reach parameters."""
 
@@ -199,6 +327,7 @@ def train_on_a_half(rank, folder, backend, device):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("transformed_backend", [exhaustive("torch"), exhaustive("triton")], indirect=True)
 def test_two_processes_with_half_a_batch_each_have_the_gradients_of_the_whole(transformed_backend, device, tmp_path):
     torch.multiprocessing.spawn(train_on_a_half, (str(tmp_path), transformed_backend, device), nprocs=2)
     expected = gradients(Doubled(transformed_backend), normal(4, *SHAPE[1:]))

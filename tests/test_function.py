@@ -1,5 +1,6 @@
 """What `topographic` refuses and how it says so, the choice of a backend, and what an import brings along."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from tvae_kernels import Neighborhood, fallback, function, topographic
-from tvae_kernels.function import resolve_backend
+from tvae_kernels import Neighborhood, function, topographic
+from tvae_kernels.backends import resolve_backend
+from tvae_kernels.backends.torch import plain
 
 SHAPE = (2, 4, 2, 3)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -88,7 +90,7 @@ def test_all_of_these_are_legal():
 # --- the choice of a backend ------------------------------------------------------------------------------------------
 
 
-def test_auto_is_the_fallback_on_the_cpu():
+def test_auto_is_torch_on_the_cpu():
     assert resolve_backend("auto", CPU) == "torch"
 
 
@@ -123,7 +125,7 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
         original = getattr(module, attribute)
         monkeypatch.setattr(module, attribute, lambda *args, **options: ran.append(name) or original(*args, **options))
 
-    spy(fallback, "forward", "torch")
+    spy(plain, "forward", "torch")
     spy(function, "_apply", "function")
     topographic(ones(), ones(), backend="reference")
     assert ran == []
@@ -132,15 +134,13 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
     assert ran == ["function", "torch"] * 2
 
 
-def test_the_named_triton_is_the_kernels(monkeypatch, triton, device):
-    from tvae_kernels import kernels
+def test_the_named_triton_is_the_kernels(triton, device):
+    from tvae_kernels.backends.triton import launch
 
-    ran = []
-    for name in ("forward", "backward"):
-        original = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, _f=original, _n=name, **o: ran.append(_n) or _f(*a, **o))
-    topographic(ones().to(device).requires_grad_(), ones().to(device), backend=triton).sum().backward()
-    assert ran == ["forward", "backward"]
+    with launch.recorded() as launches:
+        topographic(ones().to(device).requires_grad_(), ones().to(device), backend=triton).sum().backward()
+    names = [launched.kernel.fn.__name__ for launched in launches]
+    assert names == ["tile_forward_kernel", "tile_backward_kernel"]
 
 
 # --- in a fresh process -----------------------------------------------------------------------------------------------
@@ -154,48 +154,37 @@ def run(code: str, **variables: str) -> str:
         env=environment | variables,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
-def test_importing_the_package_brings_nothing_but_torch():
-    new = run(
+@pytest.mark.slow
+def test_the_package_brings_nothing_but_torch_and_says_what_triton_needs():
+    """Imported, it is as if Triton were not installed; then without a GPU or the interpreter."""
+    new, absent, no_gpu = run(
         "import sys, torch\n"
         "before = {name.split('.')[0] for name in sys.modules}\n"
         "import tvae_kernels\n"
         "print(*{name.split('.')[0] for name in sys.modules} - before)\n"
-    )
-    assert new.split() == ["tvae_kernels"]
-
-
-def test_triton_without_a_gpu_or_the_interpreter_says_what_to_do():
-    pytest.importorskip("triton")
-    message = run(
-        "import torch\n"
-        "from tvae_kernels import BackendUnavailableError, topographic\n"
-        "x = torch.ones(1, 3, 1, 3)\n"
-        "try: topographic(x, x, backend='triton')\n"
-        "except BackendUnavailableError as error: print(error)\n"
-    )
-    for part in ("GPU tensors", "'cpu'", 'backend="torch"', 'backend="auto"', "TRITON_INTERPRET=1"):
-        assert part in message
-
-
-def test_without_triton_all_but_its_backend_works():
-    message = run(
-        "import sys\n"
-        "sys.modules['triton'] = None  # as if it were not installed\n"
-        "import torch\n"
         "from tvae_kernels import BackendUnavailableError, Neighborhood, TopographicLayer, topographic\n"
+        "loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] == 'triton'}\n"
+        "sys.modules['triton'] = None  # as if it were not installed\n"
         "x = torch.ones(1, 3, 1, 3, requires_grad=True)\n"
         "t = TopographicLayer(Neighborhood(3, 3), mu_init=0.0, eps=0.0)(x, x)\n"
         "t.sum().backward()\n"
         "assert torch.allclose(t, x / 3) and x.grad is not None\n"
         "topographic(x, x, backend='reference').sum().backward()\n"
         "try: topographic(x, x, backend='triton')\n"
-        "except BackendUnavailableError as error: print(error)\n"
-    )
+        "except BackendUnavailableError as error: print(str(error).replace('\\n', ' '))\n"
+        "del sys.modules['triton']\n"
+        "sys.modules.update(loaded)\n"
+        "try: topographic(x, x, backend='triton')\n"
+        "except BackendUnavailableError as error: print(str(error).replace('\\n', ' '))\n"
+    ).splitlines()
+    assert new.split() == ["tvae_kernels"]
     for part in ("needs the package triton", "not installed", 'backend="torch"', 'backend="auto"'):
-        assert part in message
+        assert part in absent
+    if importlib.util.find_spec("triton"):
+        for part in ("GPU tensors", "'cpu'", 'backend="torch"', 'backend="auto"', "TRITON_INTERPRET=1"):
+            assert part in no_gpu

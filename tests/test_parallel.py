@@ -69,13 +69,13 @@ def parts(tmp_path_factory):
     """What the processes have computed, by their number."""
     folder = tmp_path_factory.mktemp("parts")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", __file__, folder]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(n)] for n in (2, 3)}
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_the_parts_of_a_split_sequence_are_those_of_the_whole(processes, name, request):
     neighborhood, frames = CASES[name], FRAMES[-processes:]
     if processes == 1:
@@ -146,11 +146,12 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_gives_what_the_whole_sequence_gives(tmp_path):
     page = (Path(__file__).parent.parent / "docs/training.md").read_text(encoding="utf-8")
     (tmp_path / "split.py").write_text(SEEDED + page.split("```python\n")[1].split("```")[0] + WHOLE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "split.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -7,6 +7,7 @@ import torch
 from numerics import Problem, window_matrix
 
 from tvae_kernels import Neighborhood, reference, topographic
+from tvae_kernels.arguments import Inputs, Window
 
 BOUNDARIES = list(product(["circular", "zero"], repeat=2))
 EPS64 = torch.finfo(torch.float64).eps
@@ -61,9 +62,8 @@ def test_value_and_gradient_are_those_of_the_definition(time_boundary, capsule_b
 def test_the_gradient_formula_is_what_autograd_gives(time_boundary, capsule_boundary, weighted):
     neighborhood = Neighborhood(4, 3, -1, False, time_boundary, capsule_boundary)
     problem = Problem.random((2, 6, 2, 5), neighborhood, mu="each", weighted=weighted, dtype=torch.float64)
-    formula = reference.topographic_backward(
-        problem.dt, problem.z, problem.u, problem.mu, problem.weights, neighborhood, problem.eps
-    )
+    inputs = Inputs(problem.z, problem.u, problem.mu, problem.weights)
+    formula = reference.topographic_backward(inputs, Window(neighborhood, problem.eps), problem.dt)
     expected, bounds = problem.judge(), problem.bounds()
     for name, actual in zip(("dz", "du", "dmu", "dweights"), formula, strict=True):
         if actual is None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from numerics import Problem, assert_within, problems, window_matrix
+from numerics import MU_SHAPES, Problem, assert_within, exhaustive, problems, window_matrix
 
 from tvae_kernels import Neighborhood, topographic
 
@@ -46,16 +46,28 @@ def small_neighborhood(time_boundary="circular", capsule_boundary="circular") ->
 
 
 @cases
+def test_value_and_gradients(backend, device, shape, neighborhood):
+    Problem.random(shape, neighborhood, device=device).check(backend)
+
+
+# Both types and forms of mu in turn; the rest is exhaustive.
+WEIGHTED = [
+    (pytest.param if number % 2 == which else exhaustive)(name, mu, dtype)
+    for number, name in enumerate(CASES)
+    for which, (mu, dtype) in enumerate([("each", torch.float32), ("position", torch.float64)])
+]
+
+
+@pytest.mark.parametrize(("name", "mu", "dtype"), WEIGHTED)
+def test_value_and_gradients_with_weights(backend, device, name, mu, dtype):
+    Problem.random(*CASES[name], mu, weighted=True, dtype=dtype, device=device).check(backend)
+
+
 @pytest.mark.parametrize(
-    ("weighted", "mu", "dtype"),
-    [(False, "scalar", torch.float32), (True, "each", torch.float32), (True, "position", torch.float64)],
+    ("mu", "eps"),
+    [*((mu, 1e-6) for mu in MU_SHAPES), *product(["scalar", "each"], [0, 0.5])]  # which are for different kernels
+    + [exhaustive(mu, eps) for mu, eps in product(["none", "capsule", "position"], [0, 0.5])],
 )
-def test_value_and_gradients(backend, device, shape, neighborhood, weighted, mu, dtype):
-    Problem.random(shape, neighborhood, mu, weighted, dtype=dtype, device=device).check(backend)
-
-
-@pytest.mark.parametrize("mu", ["none", "scalar", "capsule", "position", "each"])
-@pytest.mark.parametrize("eps", [0, 1e-6, 0.5])
 def test_every_form_of_mu_and_eps(backend, device, mu, eps):
     Problem.random((2, 4, 2, 3), Neighborhood(3, 2), mu, eps=eps, device=device).check(backend)
 
@@ -66,10 +78,14 @@ def test_any_problem_torch(problem):
     problem.check("torch")
 
 
-@settings(max_examples=20)
-@given(problems(longest=7, widest=4))
-def test_any_problem_triton(triton, problem):
-    problem.check(triton)
+@pytest.mark.parametrize("examples", [10, exhaustive(60)])
+def test_any_problem_triton(triton, examples):
+    @settings(max_examples=examples)
+    @given(problems(longest=7, widest=4))
+    def check(problem):
+        problem.check(triton)
+
+    check()
 
 
 def test_only_the_gradients_asked_for(backend, device):
@@ -295,23 +311,30 @@ def test_autocast_computes_in_float32(backend, device, dtype, result):
 # --- NaN and inf ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("time_boundary", "capsule_boundary"), BOUNDARIES)
-@pytest.mark.parametrize("at", [(0, 0), (3, 6), (6, 2)])
-def test_a_bad_u_reaches_the_windows_that_hold_it_and_no_other(
-    backend, device, bad, time_boundary, capsule_boundary, at
-):
+def test_a_bad_u_reaches_the_windows_that_hold_it_and_no_other(backend, device, time_boundary, capsule_boundary):
+    """NaN and inf, of which the square is all that is taken, of either sign, at three places: a sequence for each."""
     S = D = 7
     neighborhood = Neighborhood(4, 2, shift=2, time_boundary=time_boundary, capsule_boundary=capsule_boundary)
-    problem = Problem.random((1, S, 1, D), neighborhood, "none", device=device)
+    nan, inf = float("nan"), float("inf")
+    places = ((0, 0), (3, 6), (6, 2))
+    bad = [
+        (*at, value)
+        for at, values in zip(places, ((nan, inf), (nan, -inf), (nan, inf)), strict=True)
+        for value in values
+    ]
+    problem = Problem.random((len(bad), S, 1, D), neighborhood, "none", device=device)
     clean = topographic(problem.z, problem.u, problem.mu, neighborhood, backend=backend)
-    problem.u[0, at[0], 0, at[1]] = bad
+    for b, (l, d, value) in enumerate(bad):
+        problem.u[b, l, 0, d] = value
     t = topographic(problem.z, problem.u, problem.mu, neighborhood, backend=backend)
 
-    reached = window_matrix(neighborhood, S, D)[:, at[0] * D + at[1]].reshape(1, S, 1, D).to(device) != 0
-    # NaN stays NaN; an infinite v makes t exactly 0, which z - 0.5 does not
-    assert torch.equal(t.isnan() if bad != bad else t == 0, reached)
-    assert torch.equal(t[~reached], clean[~reached])
+    matrix = window_matrix(neighborhood, S, D).to(device)
+    for b, (l, d, value) in enumerate(bad):
+        reached = matrix[:, l * D + d].reshape(S, 1, D) != 0
+        # NaN stays NaN; an infinite v makes t exactly 0, which z - 0.5 does not
+        assert torch.equal(t[b].isnan() if value != value else t[b] == 0, reached), (l, d, value)
+        assert torch.equal(t[b][~reached], clean[b][~reached]), (l, d, value)
 
 
 def pattern(x):
@@ -319,11 +342,14 @@ def pattern(x):
     return torch.stack([x.isnan(), x == float("inf"), x == float("-inf")]).cpu()
 
 
-@pytest.mark.parametrize("where", ["z", "u", "dt", "mu", "weights"])
-@pytest.mark.parametrize(("time_boundary", "capsule_boundary"), BOUNDARIES)
-def test_nan_reaches_the_gradients_that_depend_on_it(kernel_backend, device, where, time_boundary, capsule_boundary):
-    neighborhood = small_neighborhood(time_boundary, capsule_boundary)
-    problem = Problem.random((2, 5, 2, 5), neighborhood, "each", weighted=True, device=device)
+@pytest.mark.parametrize(
+    ("where", "boundaries"),
+    [(where, (edge, edge)) for where in ("z", "u", "dt", "mu", "weights") for edge in ("circular", "zero")]
+    + [("u", boundaries) for boundaries in BOUNDARIES[1:-1]]
+    + [exhaustive(where, boundaries) for where in ("z", "dt", "mu", "weights") for boundaries in BOUNDARIES[1:-1]],
+)
+def test_nan_reaches_the_gradients_that_depend_on_it(kernel_backend, device, where, boundaries):
+    problem = Problem.random((1, 5, 2, 5), small_neighborhood(*boundaries), "each", weighted=True, device=device)
     getattr(problem, where).view(-1)[3] = float("nan")
     expected = problem.judge()
     for name, x in problem.solve(kernel_backend).items():
@@ -335,7 +361,7 @@ def test_nan_reaches_the_gradients_that_depend_on_it(kernel_backend, device, whe
 def test_inf_in_the_gradients(kernel_backend, device, where, time_boundary, capsule_boundary):
     """In the last element, which a tile's lanes beyond a cut edge would read: their 0 · inf must not reach a sum."""
     neighborhood = small_neighborhood(time_boundary, capsule_boundary)
-    problem = Problem.random((2, 5, 2, 5), neighborhood, "each", weighted=True, device=device)
+    problem = Problem.random((1, 5, 2, 5), neighborhood, "each", weighted=True, device=device)
     getattr(problem, where).view(-1)[-1] = float("inf")
     expected = problem.judge()
     for name, x in problem.solve(kernel_backend).items():
@@ -373,18 +399,24 @@ def operation(problem, backend):
     return of
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("time_boundary", "capsule_boundary"), [("circular", "circular"), ("zero", "zero")])
-def test_gradcheck(backend, device, weighted, time_boundary, capsule_boundary):
-    problem, leaves = double_problem(weighted, time_boundary, capsule_boundary, device)
-    assert torch.autograd.gradcheck(operation(problem, backend), leaves)
+# Along random directions of all arguments and results, or element by element
+fast_mode = pytest.mark.parametrize("fast_mode", [True, exhaustive(False)])
 
 
+@fast_mode
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("time_boundary", "capsule_boundary"), [("circular", "circular"), ("zero", "zero")])
-def test_gradgradcheck(backend, device, weighted, time_boundary, capsule_boundary):
+def test_gradcheck(backend, device, weighted, time_boundary, capsule_boundary, fast_mode):
     problem, leaves = double_problem(weighted, time_boundary, capsule_boundary, device)
-    assert torch.autograd.gradgradcheck(operation(problem, backend), leaves)
+    assert torch.autograd.gradcheck(operation(problem, backend), leaves, fast_mode=fast_mode)
+
+
+@fast_mode
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("time_boundary", "capsule_boundary"), [("circular", "circular"), ("zero", "zero")])
+def test_gradgradcheck(backend, device, weighted, time_boundary, capsule_boundary, fast_mode):
+    problem, leaves = double_problem(weighted, time_boundary, capsule_boundary, device)
+    assert torch.autograd.gradgradcheck(operation(problem, backend), leaves, fast_mode=fast_mode)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -428,22 +460,24 @@ def layouts(x):
     yield "a slice of a larger tensor", larger[1:, 1:-1, ::2, 1::3]
 
 
-@pytest.mark.parametrize("argument", ["z", "u", "dt", "mu", "weights"])
-def test_any_layout_gives_the_same_numbers(backend, device, argument):
+@pytest.mark.parametrize("turn", range(3))
+def test_any_layout_gives_the_same_numbers(backend, device, turn):
+    """Each argument in each layout in turn, beside others in others."""
     problem = Problem.random((2, 5, 2, 3), Neighborhood(2, 3), "each", weighted=True, device=device)
     expected = problem.solve(backend)
-    x = getattr(problem, argument)
-    for name, laid_out in layouts(x.reshape((1,) * (4 - x.ndim) + x.shape)):
+    for number, argument in enumerate(("z", "u", "dt", "mu", "weights")):
+        x = getattr(problem, argument)
+        _, laid_out = list(layouts(x.reshape((1,) * (4 - x.ndim) + x.shape)))[(number + turn) % 3]
         setattr(problem, argument, laid_out if x.ndim == 4 else laid_out[0, 0])
         assert torch.equal(getattr(problem, argument), x)
-        for output, actual in problem.solve(backend).items():
-            if backend == "triton":  # walks the elements in its own order, whatever the layout
-                assert torch.equal(actual, expected[output]), (name, output)
-            else:  # PyTorch's sums go along memory: their order, and so the last bits, follow the layout
-                assert_within(output, actual, expected[output].double().cpu(), 2 * problem.bounds()[output])
+    for output, actual in problem.solve(backend).items():
+        if backend == "triton":  # walks the elements in its own order, whatever the layout
+            assert torch.equal(actual, expected[output]), output
+        else:  # PyTorch's sums go along memory: their order, and so the last bits, follow the layout
+            assert_within(output, actual, expected[output].double().cpu(), 2 * problem.bounds()[output])
 
 
-@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), exhaustive((1, 3)), (0, 1, 2, 3)])
 def test_expanded_inputs(backend, device, axes):
     """z, u and dt with stride 0: the values, and the gradient summed over the copies."""
     shape = (2, 5, 2, 3)

@@ -118,7 +118,7 @@ class Config:
 
     @property
     def model_class(self) -> type[SequenceModel]:
-        """The class that the model's settings belong to."""
+        """Return the class that the model's settings belong to."""
         return model_of(self.model)
 
     def open_source(self, split: Literal["train", "test"], device: torch.device | str = "cpu") -> SequenceSource:

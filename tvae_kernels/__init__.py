@@ -1,9 +1,10 @@
-"""Fused GPU kernels for the topographic layer of Topographic VAEs, with a PyTorch fallback and a reference.
+"""Fused GPU kernels for the topographic layer of Topographic VAEs, with the same in PyTorch and a reference.
 
 t[b,l,c,d] = (z[b,l,c,d] - mu) / sqrt(Σ_{i,k} w[i,k] · u[b, l+i, c, d + shift·i + k]² + eps)
 """
 
-from .function import BackendUnavailableError, TopographicFunction, topographic
+from .backends import BackendUnavailableError
+from .function import TopographicFunction, topographic
 from .latents import Latents, topographic_latents
 from .layer import TopographicLayer
 from .neighborhood import Neighborhood

@@ -12,14 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import operators, reference
-from .function import as_tensor, check_arguments, resolve_backend, topographic
+from . import backends, reference
+from .arguments import Inputs, Noise, Window, check, compute_dtype, mu_in_type, under_autocast
+from .backends import resolve_backend
+from .function import topographic
 from .neighborhood import Neighborhood
-from .reference import compute_dtype
-
-Noise = tuple[Tensor, Tensor]
-MOST_FRAMES = 18  # that a lane can hold in registers, with their samples
-MOST_POSITIONS = 512  # of a capsule that lies in one program, here and in all kernels for plain windows
 
 
 class Latents(NamedTuple):
@@ -38,7 +35,7 @@ def topographic_latents(
     weights: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
-    noise: Noise | None = None,
+    noise: tuple[Tensor, Tensor] | None = None,
     first: int = 0,
     of: int | None = None,
     axis: int | Tensor | None = None,
@@ -80,7 +77,8 @@ def topographic_latents(
         if isinstance(x, Tensor) and (x.ndim != 5 or x.shape[2] != 2):
             raise ValueError(f"{name} must be (batch, time, 2, capsule, dim), got {tuple(x.shape)}")
     one_z, one_u = (x.select(2, 0) if isinstance(x, Tensor) else x for x in (z, u))
-    check_arguments(one_z, one_u, mu, neighborhood, weights, eps)
+    check(Inputs(one_z, one_u, mu, weights), Window(neighborhood, eps))
+    window = Window(neighborhood, float(eps))
     of = len(z) if of is None else of
     if not 0 <= first <= of - len(z):
         raise ValueError(f"{len(z)} sequences from number {first} on are not in a batch of {of}")
@@ -88,53 +86,47 @@ def topographic_latents(
         shapes = f"{tuple(noise[0].shape)} and {tuple(noise[1].shape)}"
         raise ValueError(f"the noise must be {tuple(one_z.shape)} and {tuple(one_u.shape)}, got {shapes}")
     dtype = compute_dtype(torch.promote_types(z.dtype, u.dtype))
-    if torch.is_autocast_enabled(z.device.type):
+    if under_autocast(z):
         z, u = z.to(dtype), u.to(dtype)
-    mu = as_tensor(mu, dtype, z.device)
-    noise = noise and tuple(x.to(dtype) for x in noise)
-
-    if (
-        resolve_backend(backend, z.device) == "triton"
-        and weights is None
-        and axis is None
-        and held_by_a_lane(z, u, mu, neighborhood)
-        and not torch._C._are_functorch_transforms_active()
-        and not (noise is not None and any(x.requires_grad for x in noise))
-    ):
+    inputs = Inputs(z, u, mu_in_type(mu, dtype, z.device), weights)
+    if noise is not None:
+        noise = Noise(noise[0].to(dtype), noise[1].to(dtype))
+    if axis is None and _fused(inputs, window, noise, resolve_backend(backend, z.device)):
         if noise is None:
-            drawing = None, None, torch.randint(2**63 - 1, (1,), device=z.device)
+            given = Noise(None, None, torch.randint(2**63 - 1, (1,), device=z.device), first)
         else:
-            drawing = *(x.contiguous() for x in noise), None
-        return Latents(*LatentsFunction.apply(z, u, mu, *drawing, first, neighborhood, eps))
+            given = Noise(noise.for_z.contiguous(), noise.for_u.contiguous(), None, first)
+        return Latents(*LatentsFunction.apply(*inputs[:3], *given, window))
     if noise is None:
         noise = drawn(one_z, one_u, first, of)
-    return composed(z, u, noise, lambda z, u: topographic(z, u, mu, neighborhood, weights, eps, backend, axis))
+    settings = neighborhood, weights, eps, backend, axis
+    return composed(z, u, noise, lambda z, u: topographic(z, u, inputs.mu, *settings))
 
 
-def held_by_a_lane(z: Tensor, u: Tensor, mu: Tensor, neighborhood: Neighborhood) -> bool:
-    """Whether there is a kernel: for the problems of the `whole` kernels, whose samples fit the registers, too."""
-    n, (_, steps, _, _, dim) = neighborhood, z.shape
-    if not n.is_plain or n.capsule_boundary != "circular" or mu.numel() != 1 or u.dtype != z.dtype:
+def _fused(inputs: Inputs, window: Window, noise: Noise | None, backend: str) -> bool:
+    """Say whether kernels do all of it: not under torch.func, nor where a gradient of the noise is wanted."""
+    if torch._C._are_functorch_transforms_active() or not backends.fuses_latents(backend, inputs, window):
         return False
-    held = 0 < steps <= MOST_FRAMES and 0 < dim <= MOST_POSITIONS
-    return held and (n.time_boundary != "circular" or n.shift * steps % dim == 0)
+    return noise is None or not (noise.for_z.requires_grad or noise.for_u.requires_grad)
 
 
 def drawn(z: Tensor, u: Tensor, first: int = 0, of: int | None = None) -> Noise:
     """Noise like `z` and `u`, `(B, S, C, D)`, in the compute type, from PyTorch; `first` and `of` as above."""
     dtype, of = compute_dtype(torch.promote_types(z.dtype, u.dtype)), len(z) if of is None else of
     z, u = (torch.randn(of, *x.shape[1:], dtype=dtype, device=x.device)[first : first + len(x)] for x in (z, u))
-    return z, u
+    return Noise(z, u)
 
 
-def composed(z: Tensor, u: Tensor, noise: Noise, layer: Callable[[Tensor, Tensor], Tensor]) -> Latents:
-    """`topographic_latents` step by step, in the type of the noise, by any layer; `t` has the type of `z`."""
-    (sample_z, kl_z), (sample_u, kl_u) = (_sampled(*x) for x in zip((z, u), noise, strict=True))
+def composed(
+    z: Tensor, u: Tensor, noise: Noise | tuple[Tensor, Tensor], layer: Callable[[Tensor, Tensor], Tensor]
+) -> Latents:
+    """Return `topographic_latents` step by step, in the type of the noise, by any layer; `t` has the type of `z`."""
+    (sample_z, kl_z), (sample_u, kl_u) = _sampled(z, noise[0]), _sampled(u, noise[1])
     return Latents(layer(sample_z, sample_u).to(torch.promote_types(z.dtype, u.dtype)), kl_z, kl_u)
 
 
 def _sampled(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """A sample, and the KL divergence of every frame."""
+    """Return a sample, and the KL divergence of every frame."""
     mean, log_variance = x.to(noise.dtype).unbind(2)
     std = (0.5 * log_variance).exp()
     kl = 0.5 * (mean.square() + (std.square() - 1 - log_variance)).sum((-2, -1))
@@ -145,39 +137,32 @@ class LatentsFunction(torch.autograd.Function):
     """One kernel forward and one backward; on checked arguments, call `topographic_latents`."""
 
     @staticmethod
-    def forward(ctx, z, u, mu, noise_z, noise_u, seed, first, neighborhood, eps):
-        """`t` and the KL terms; keeps the inputs, and of the noise the seed."""
+    def forward(ctx, z, u, mu, noise_z, noise_u, seed, first, window):
+        """Return `t` and the KL terms; keeps the inputs, and of the noise the seed."""
         ctx.save_for_backward(z, u, mu, noise_z, noise_u, seed)
-        ctx.settings = first, neighborhood, eps
-        return _implementation().latents_forward(z, u, mu, noise_z, noise_u, seed, first, neighborhood, eps)
+        ctx.settings = first, window
+        return backends.latents_forward(Inputs(z, u, mu, None), window, Noise(noise_z, noise_u, seed, first))
 
     @staticmethod
     def backward(ctx, dt, dkl_z, dkl_u):
-        """The gradients of `z`, `u` and `mu`."""
+        """Return the gradients of `z`, `u` and `mu`."""
+        (z, u, mu, *noise), (first, window) = ctx.saved_tensors, ctx.settings
+        inputs, noise = Inputs(z, u, mu, None), Noise(*noise, first)
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            gradients = _differentiable(ctx, dt, dkl_z, dkl_u)
+            gradients = _differentiable(inputs, window, noise, (dt, dkl_z, dkl_u))
         else:
-            gradients = _implementation().latents_backward(dt, dkl_z, dkl_u, *ctx.saved_tensors, *ctx.settings)
-        return *gradients, None, None, None, None, None, None
+            gradients = backends.latents_backward(inputs, window, noise, dt, dkl_z, dkl_u)
+        return *gradients, None, None, None, None, None
 
 
-def _implementation():
-    """What launches the kernels: a compiler sees operators."""
-    if torch.compiler.is_compiling():
-        return operators
-    from . import kernels
-
-    return kernels
-
-
-def _differentiable(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable(
+    inputs: Inputs, window: Window, noise: Noise, gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients themselves."""
-    z, u, mu, noise_z, noise_u, seed = ctx.saved_tensors
-    _, neighborhood, eps = ctx.settings
-    if seed is not None:
+    if noise.seed is not None:
         raise RuntimeError("noise drawn by the kernels is not kept: give it to differentiate the gradient")
-    noise = noise_z, noise_u
-    outputs = composed(z, u, noise, lambda z, u: reference.topographic(z, u, mu, None, neighborhood, eps))
+    z, u, mu, _ = inputs
+    outputs = composed(z, u, noise, lambda z, u: reference.topographic(Inputs(z, u, mu, None), window))
     wanted = [x for x in (z, u, mu) if x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
     return tuple(next(found) if x.requires_grad else None for x in (z, u, mu))

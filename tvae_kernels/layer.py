@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .function import BACKENDS, topographic
-from .latents import Latents, Noise, topographic_latents
+from .backends import BACKENDS
+from .function import topographic
+from .latents import Latents, topographic_latents
 from .neighborhood import Neighborhood
 
 
@@ -62,7 +62,7 @@ class TopographicLayer(nn.Module):
 
     @property
     def weights(self) -> Tensor | None:
-        """`softplus(raw_weights)`, of `neighborhood.weights_shape` or with the capsules before it; None without."""
+        """Return `softplus(raw_weights)`, of `neighborhood.weights_shape` or with C before it; None without."""
         return None if self.raw_weights is None else F.softplus(self.raw_weights)
 
     def forward(self, z: Tensor, u: Tensor, axis: int | Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class TopographicLayer(nn.Module):
         self,
         z: Tensor,
         u: Tensor,
-        noise: Noise | None = None,
+        noise: tuple[Tensor, Tensor] | None = None,
         first: int = 0,
         of: int | None = None,
         axis: int | Tensor | None = None,
@@ -122,10 +122,9 @@ class TopographicLayer(nn.Module):
         if tuple(state.shape) != expected:
             raise ValueError(f"for u of shape {tuple(u.shape)} the state must be {expected}, got {tuple(state.shape)}")
         u = torch.cat((state, u), 1)
-        padded = replace(n, time_boundary="padded")
-        t = topographic(z, u, self.mu, padded, self.weights, self.eps, self.backend, axis)
+        t = topographic(z, u, self.mu, n.with_padded_time, self.weights, self.eps, self.backend, axis)
         return t, u[:, u.shape[1] - kept :]
 
     def extra_repr(self) -> str:
-        """The settings, for `print`."""
+        """Return the settings, for `print`."""
         return f"{self.neighborhood}, eps={self.eps}, backend={self.backend!r}"

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Literal, NamedTuple, get_args
 
@@ -19,18 +20,18 @@ class Tap(NamedTuple):
     """One term of a window sum: `weight · x` of the element `time` frames and `offsets` positions further on.
 
     The offsets are real numbers, one for each axis of the capsule; `window` of them along the capsule do not depend on
-    time, the rest is the roll. `root` and `weight` say to which root the term belongs and which weight it has.
+    time, `roll` does. `root` and `number` say to which root the term belongs and which of the weights it has.
     """
 
     time: int
     roll: tuple[float, ...]
     window: tuple[int, ...]
     root: int
-    weight: int
+    number: int
 
     @property
     def offsets(self) -> tuple[float, ...]:
-        """Roll and window together."""
+        """Add roll and window together."""
         return tuple(a + b for a, b in zip(self.roll, self.window, strict=True))
 
 
@@ -82,7 +83,7 @@ class Neighborhood:
     roll: Roll = "linear"
 
     def __post_init__(self):
-        _check_integer("time_window", self.time_window, 1)
+        self._set("time_window", _integral("time_window", self.time_window))
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be True or False, got {self.causal!r}")
         for name, kind in (
@@ -95,9 +96,7 @@ class Neighborhood:
                 choices = " or ".join(f'"{choice}"' for choice in get_args(kind))
                 raise ValueError(f"{name} must be {choices}, got {getattr(self, name)!r}")
         if self.axes is not None:
-            self._set("axes", _numbers("axes", self.axes))
-            for size in self.axes:
-                _check_integer("axes", size, 1)
+            self._set("axes", tuple(_integral("axes", size) for size in _numbers("axes", self.axes)))
             if not 1 <= len(self.axes) <= 3:
                 raise ValueError(f"axes must be 1 to 3 numbers, got {self.axes}")
         self._set("capsule_window", self._for_each_axis("capsule_window", _integral))
@@ -110,16 +109,39 @@ class Neighborhood:
             raise ValueError(f'a root for "each axis" needs axes, got {self.axes}')
         if self.roll == "fourier" and (self.is_multidimensional or self.capsule_boundary != "circular"):
             raise ValueError('roll "fourier" needs capsules of one circular axis')
-        # Made here, because a compiler that traces a call cannot do it: the text for `operators`, and for `along`
-        # the neighbourhood of each axis that has a root.
-        self._set("alone", tuple(self._of_axis(axis) for axis in range(self.root_count)) if self.root_count > 1 else ())
-        self._set("text", json.dumps({field.name: getattr(self, field.name) for field in fields(self)}))
+        self._derive()
+
+    def _derive(self) -> None:
+        """Make what follows from the fields once: it is asked for at every call, and a compiler cannot make it then."""
+        padded = "padded" in (self.time_boundary, self.capsule_boundary)
+        whole = not self.is_multidimensional and isinstance(self.shift, int) and self.speeds is None
+        self._set("_plain", whole and not padded)
+        self._set("_text", json.dumps(self._values()))
+        self._set("_hash", hash(tuple(self._values().values())))
+        roots = range(self.root_count if self.root_count > 1 else 0)
+        self._set("_by_axis", tuple(self._of_axis(axis) for axis in roots))
+        self._set("_by_capsule", tuple(self._of_speed(speed) for speed in self.speeds or ()))
+        is_open = self.time_boundary == "padded"
+        self._set("_with_padded_time", self if is_open else replace(self, time_boundary="padded"))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict:
+        return self._values()
+
+    def __setstate__(self, state: dict) -> None:
+        # Whatever else a pickle of another version holds, it holds the fields.
+        self.__init__(**{name: value for name, value in state.items() if name in self.__dataclass_fields__})
+
+    def _values(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
 
     def _for_each_axis(self, name: str, convert) -> object:
-        """The field as one number, or for several axes as a tuple of as many."""
+        """Return the field as one number, or for several axes as a tuple of as many."""
         value, count = getattr(self, name), len(self.axes or (0,))
         if isinstance(value, (tuple, list)):
             values = tuple(convert(name, x) for x in value)
@@ -133,38 +155,48 @@ class Neighborhood:
 
     @property
     def is_multidimensional(self) -> bool:
-        """Whether capsules have more than one axis."""
+        """Say whether capsules have more than one axis."""
         return self.axes is not None and len(self.axes) > 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether the window moves by whole positions along one axis, alike in all capsules, and `u` is like `z`."""
-        return (
-            not self.is_multidimensional
-            and isinstance(self.shift, int)
-            and self.speeds is None
-            and "padded" not in (self.time_boundary, self.capsule_boundary)
-        )
+        """Say whether the window moves by whole positions along one axis, alike in all capsules; `u` is like `z`."""
+        return self._plain
+
+    @property
+    def by_phase(self) -> bool:
+        """Say whether the window rolls by phase shifts of `u`; where it is plain, whole rolls are the same."""
+        return self.roll == "fourier" and not self._plain
+
+    @property
+    def text(self) -> str:
+        """Return the fields as JSON, from which `read` makes an equal neighbourhood."""
+        return self._text
+
+    @property
+    def with_padded_time(self) -> Neighborhood:
+        """Return the same window where the frames of `u` around those of `z` are known."""
+        return self._with_padded_time
 
     @property
     def time_taps(self) -> range:
-        """The time offsets `i`, in frames, lowest first."""
+        """Return the time offsets `i`, in frames, lowest first."""
         last = 0 if self.causal else self.time_window // 2
         return range(last - self.time_window + 1, last + 1)
 
     @property
     def capsule_taps(self) -> range:
-        """The capsule offsets `k` along the only axis, in positions, lowest first."""
+        """Return the capsule offsets `k` along the only axis, in positions, lowest first."""
         return _centred(self.capsule_window)
 
     @property
     def root_count(self) -> int:
-        """Number of roots R whose sum is the denominator."""
+        """Return the number of roots R whose sum is the denominator."""
         return len(self.axes) if self.roots == "each axis" else 1
 
     @property
     def weights_shape(self) -> tuple[int, ...]:
-        """Of the weights: `(W, K)`; `(W, K1, K2, …)` for several axes; `(W, K1 + K2 + …)` with a root for each axis."""
+        """Return the shape of the weights: `(W, K)`; `(W, K1, K2, …)` for axes; `(W, K1 + …)` with a root for each."""
         windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
         return (self.time_window, sum(windows)) if self.roots == "each axis" else (self.time_window, *windows)
 
@@ -173,23 +205,24 @@ class Neighborhood:
         return (dim,) if self.axes is None else self.axes
 
     def of_capsule(self, c: int) -> Neighborhood:
-        """The neighbourhood of one capsule, which has its own speed."""
-        if self.speeds is None:
-            return self
+        """Return the neighbourhood of one capsule, which has its own speed."""
+        return self if self.speeds is None else self._by_capsule[c]
+
+    def _of_speed(self, speed: float) -> Neighborhood:
         shift = self.shift if self.is_multidimensional else (self.shift,)
-        shift = tuple(s * self.speeds[c] for s in shift)
+        shift = tuple(s * speed for s in shift)
         return replace(self, speeds=None, shift=shift if self.is_multidimensional else shift[0])
 
     def along(self, axis: int) -> Neighborhood:
-        """The neighbourhood of a sequence that is known to roll along one axis: its window alone, under one root.
+        """Return the neighbourhood of a sequence known to roll along one axis: its window alone, under one root.
 
         Raises:
             ValueError: there is no such axis, or no root for each.
 
         """
-        if not isinstance(axis, Integral) or not 0 <= axis < len(self.alone):
+        if not isinstance(axis, Integral) or not 0 <= axis < len(self._by_axis):
             raise ValueError(f"axis must be one of those that have a root each, got {axis!r} for {self}")
-        return self.alone[axis]
+        return self._by_axis[axis]
 
     def _of_axis(self, axis: int) -> Neighborhood:
         keep = [a == axis for a in range(len(self.axes))]
@@ -234,13 +267,13 @@ class Neighborhood:
         return time, capsule
 
     def shape_of_u(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """The shape of `u` for a `z` of shape `(B, S, C, D)`: the same but where a boundary is padded."""
+        """Return the shape of `u` for a `z` of shape `(B, S, C, D)`: the same but where a boundary is padded."""
         batch, steps, capsules, dim = shape
         if self.time_boundary != "padded" and self.capsule_boundary != "padded":
             return batch, steps, capsules, dim
         (before, after), capsule = self.padding()
         lengths = self.lengths(dim)
-        padded = math.prod([n + sum(more) for n, more in zip(lengths, capsule, strict=True)])
+        padded = math.prod([n + sum(padding) for n, padding in zip(lengths, capsule, strict=True)])
         return batch, before + steps + after, capsules, padded
 
     def check_fits(self, time: int, dim: int, capsules: int | None = None) -> None:
@@ -259,15 +292,21 @@ class Neighborhood:
             raise ValueError(f"axes {self.axes} have {math.prod(self.axes)} positions, but a capsule has {dim}")
         if capsules is not None and self.speeds is not None and len(self.speeds) != capsules:
             raise ValueError(f"there are {len(self.speeds)} speeds for {capsules} capsules")
-        windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
-        checks = [("time_window", self.time_window, self.time_boundary, "time steps", time)]
-        checks += [
-            ("capsule_window", window, self.capsule_boundary, "positions in a capsule", size)
-            for window, size in zip(windows, self.lengths(dim), strict=True)
-        ]
-        for name, window, boundary, axis, size in checks:
-            if boundary == "circular" and window > size:
-                raise ValueError(f"a circular {name} of {window} does not fit {size} {axis}")
+        if self.time_boundary == "circular" and self.time_window > time:
+            raise ValueError(f"a circular time_window of {self.time_window} does not fit {time} time steps")
+        if self.capsule_boundary == "circular":
+            windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+            for window, size in zip(windows, self.lengths(dim), strict=True):
+                if window > size:
+                    raise ValueError(
+                        f"a circular capsule_window of {window} does not fit {size} positions in a capsule"
+                    )
+
+
+@lru_cache(maxsize=1024)
+def read(text: str) -> Neighborhood:
+    """Return the neighbourhood of its `text`, parsed once: the text stands for it where operators take no objects."""
+    return Neighborhood(**json.loads(text))
 
 
 def corners(offsets: tuple[float, ...]) -> list[tuple[float, tuple[int, ...]]]:

@@ -10,13 +10,12 @@ belong: borrowing and giving back are transposes of each other.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .function import check_arguments, topographic
+from .arguments import Inputs, Window, check
+from .function import topographic
 from .neighborhood import Neighborhood
 
 
@@ -30,11 +29,11 @@ def topographic_split(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`topographic` on a sequence whose frames are split over the processes of a group, in the order of their ranks.
+    """Return `topographic` on a sequence whose frames are split over the processes of a group, in order of their ranks.
 
     Equivalent to the part of this process of `topographic` on the whole sequence, and to::
 
-        topographic(z, exchange_halo(u, neighborhood, group), mu, replace(neighborhood, time_boundary="padded"), ...)
+        topographic(z, exchange_halo(u, neighborhood, group), mu, neighborhood.with_padded_time, ...)
 
     Every process calls it, and asks for the gradient if any does. The gradients of `z` and `u` are those of the whole
     sequence; those of `mu` and `weights` are the terms of this part, to be summed over the processes.
@@ -58,14 +57,15 @@ def topographic_split(
 
     """
     # Before anything is exchanged: a process that fails alone leaves the others waiting.
-    check_arguments(z, u, mu, neighborhood, weights, eps)
+    check(Inputs(z, u, mu, weights), Window(neighborhood, eps))
     u = exchange_halo(u, neighborhood, group)
-    return topographic(z, u, mu, replace(neighborhood, time_boundary="padded"), weights, eps, backend)
+    return topographic(z, u, mu, neighborhood.with_padded_time, weights, eps, backend)
 
 
 def exchange_halo(u: Tensor, neighborhood: Neighborhood, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The frames of this process between those that its windows reach into: the last ones of the process before it
-    and the first ones of the process after it.
+    """Return the frames of this process between those that its windows reach into.
+
+    These are the last ones of the process before it and the first ones of the process after it.
 
     With circular time the first process and the last are neighbours, with zero time they find zeros. Every process
     calls it, also backward. Differentiable, any number of times.

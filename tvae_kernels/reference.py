@@ -15,24 +15,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .arguments import Inputs, Window, compute_dtype, has_own_weights
 from .neighborhood import Neighborhood, Tap
-from .roll import along, at, phase_shifted
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type sums are accumulated in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .roll import interpolated, moved, phase_shifted
 
 
 def shifted(x: Tensor, time: int, capsule: int, neighborhood: Neighborhood) -> Tensor:
-    """`x[b, l + time, c, d + capsule]` for every `(b, l, c, d)`, under the neighbourhood's boundaries.
+    """Return `x[b, l + time, c, d + capsule]` for every `(b, l, c, d)`, under the neighbourhood's boundaries.
 
     Equivalent to `torch.roll(x, (-time, -capsule), dims=(1, 3))` where both axes are circular.
     """
     if neighborhood.time_boundary == neighborhood.capsule_boundary == "circular":  # in one pass
         rolls = -time % x.shape[1], -capsule % x.shape[3]
         return torch.roll(x, rolls, (1, 3)) if any(rolls) else x
-    return along(along(x, 1, time, neighborhood.time_boundary), 3, capsule, neighborhood.capsule_boundary)
+    return moved(moved(x, 1, time, neighborhood.time_boundary), 3, capsule, neighborhood.capsule_boundary)
 
 
 def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, adjoint: bool = False) -> Tensor:
@@ -58,7 +54,7 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = N
 
 
 def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, padding=None) -> Tensor:
-    """`v` under every root of any neighbourhood, one tap at a time.
+    """Return `v` under every root of any neighbourhood, one tap at a time.
 
     Args:
         u: of the shape that the neighbourhood asks for, in the compute type.
@@ -70,7 +66,7 @@ def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = 
         `(R, B, S, C, D)`.
 
     """
-    own_weights = weights is not None and weights.ndim > len(neighborhood.weights_shape)
+    own_weights = has_own_weights(weights, neighborhood)
     if neighborhood.is_plain and not own_weights:
         return window_sum(u.square(), neighborhood, weights)[None]
     if neighborhood.speeds is not None or own_weights:
@@ -87,30 +83,29 @@ def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = 
 
     sums = [0] * neighborhood.root_count
     for tap, x in _values(u, neighborhood, padding):
-        sums[tap.root] = sums[tap.root] + (x if weights is None else weights.flatten()[tap.weight] * x)
+        sums[tap.root] = sums[tap.root] + (x if weights is None else weights.flatten()[tap.number] * x)
     return torch.stack(sums)
 
 
 def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tuple[Tap, Tensor]]:
     """Every tap of capsules of one speed, and what it adds to each element of `v`, `(B, S, C, D)`."""
-    (before, after), padding = padding or neighborhood.padding()
+    (first, last), capsule = padding or neighborhood.padding()
     if neighborhood.axes is not None:
-        u = u.unflatten(3, [n + sum(more) for n, more in zip(neighborhood.axes, padding, strict=True)])
-    lengths = tuple(n - sum(more) for n, more in zip(u.shape[3:], padding, strict=True))
-    steps = u.shape[1] - before - after
-    by_phase = neighborhood.roll == "fourier" and not neighborhood.is_plain
-    source = u if by_phase else u.square()
+        u = u.unflatten(3, [n + before + after for n, (before, after) in zip(neighborhood.axes, capsule, strict=True)])
+    lengths = tuple(n - before - after for n, (before, after) in zip(u.shape[3:], capsule, strict=True))
+    steps = u.shape[1] - first - last
+    source = u if neighborhood.by_phase else u.square()
     for tap in neighborhood.taps():
-        x = along(source, 1, tap.time, neighborhood.time_boundary, before, steps)
-        if by_phase:
-            x = at(phase_shifted(x, tap.roll[0]).square(), tap.window, "circular")
+        x = moved(source, 1, tap.time, neighborhood.time_boundary, first, steps)
+        if neighborhood.by_phase:
+            x = interpolated(phase_shifted(x, tap.roll[0]).square(), tap.window, "circular")
         else:
-            x = at(x, tap.offsets, neighborhood.capsule_boundary, padding, lengths)
+            x = interpolated(x, tap.offsets, neighborhood.capsule_boundary, capsule, lengths)
         yield tap, x.flatten(3)
 
 
 def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: torch.Size, padding=None) -> Tensor:
-    """`dw = Σ g · u[tap]²` for any neighbourhood: of `shape`, which is that of its weights.
+    """Return `dw = Σ g · u[tap]²` for any neighbourhood: of `shape`, which is that of its weights.
 
     Args:
         g: `(R, B, S, C, D)`, the gradient of `v` under each root.
@@ -130,52 +125,47 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
         ]
         return torch.stack(capsules) if own_weights else sum(capsules)
     summed = (0, 1, 3) if own_weights else (0, 1, 2, 3)
-    parts = {tap.weight: (g[tap.root] * x).sum(summed) for tap, x in _values(u, neighborhood, padding)}
+    parts = {tap.number: (g[tap.root] * x).sum(summed) for tap, x in _values(u, neighborhood, padding)}
     return torch.stack([parts[number] for number in range(len(parts))], -1).reshape(shape)
 
 
-def topographic(
-    z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float
-) -> Tensor:
-    """`(z - mu) / Σ_roots sqrt(v + eps)`, computed in the compute type and returned in the type of `z`.
+def topographic(inputs: Inputs, window: Window) -> Tensor:
+    """Return `(z - mu) / Σ_roots sqrt(v + eps)`, computed in the compute type and returned in the type of `z`.
 
     Args:
-        z: `(B, S, C, D)`.
-        u: the same but where a boundary is padded, of the type of `z`.
-        mu: of a shape that broadcasts to `(C, D)`, in the compute type.
-        weights: as in `window_sums`, in the compute type.
-        neighborhood: the taps.
-        eps: added to the window sum inside the root.
+        inputs: promoted.
+        window: the taps, and `eps`, which is added to the window sum inside the root.
 
     Returns:
         `t`, `(B, S, C, D)`.
 
     """
+    z, u, mu, weights = inputs
     dtype = compute_dtype(z.dtype)
-    v = window_sums(u.to(dtype), neighborhood, weights)
-    return ((z.to(dtype) - mu) / torch.sqrt(v + eps).sum(0)).to(z.dtype)
+    v = window_sums(u.to(dtype), window.neighborhood, weights)
+    return ((z.to(dtype) - mu) / torch.sqrt(v + window.eps).sum(0)).to(z.dtype)
 
 
-def topographic_backward(
-    dt: Tensor, z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradient as a formula, itself differentiable. With `r = (v + eps)^(-1/2)` and `g = -½ · dt · t · r²`:
+def topographic_backward(inputs: Inputs, window: Window, dt: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient as a formula, itself differentiable. With `r = (v + eps)^(-1/2)` and `g = -½ · dt · t · r²`:
 
         dz = dt · r      dmu = -Σ dt · r      dw[i,k] = Σ g · u[tap]²      du[n] = 2 · u[n] · Σ_taps w · g[n - tap]
 
     For neighbourhoods that are not plain, and weights for each capsule, what autograd makes of `topographic`.
 
     Args:
+        inputs: promoted.
+        window: as in `topographic`.
         dt: `(B, S, C, D)`, the gradient that arrives at `t`.
-        z: as in `topographic`, and so are `u`, `mu`, `weights`, `neighborhood` and `eps`.
 
     Returns:
         `dz` and `du` of the shapes of `z` and `u` in the type of `z`; `dmu` and `dw` of the shapes of `mu` and
         `weights` (None without weights) in the compute type.
 
     """
-    if not neighborhood.is_plain or (weights is not None and weights.ndim > 2):
-        return _differentiated(dt, z, u, mu, weights, neighborhood, eps)
+    (z, u, mu, weights), (neighborhood, eps) = inputs, window
+    if not neighborhood.is_plain or has_own_weights(weights, neighborhood):
+        return _differentiated(inputs, window, dt)
     out, dtype = z.dtype, compute_dtype(z.dtype)
     dt, z, u = dt.to(dtype), z.to(dtype), u.to(dtype)
     r = (window_sum(u.square(), neighborhood, weights) + eps).rsqrt()
@@ -186,11 +176,14 @@ def topographic_backward(
     return dz.to(out), du.to(out), -dz.sum_to_size(mu.shape), dw
 
 
-def _differentiated(dt, z, u, mu, weights, neighborhood, eps) -> tuple[Tensor | None, ...]:
-    """The gradients by autograd, which can be differentiated again; None for what needs none."""
-    inputs = (z, u, mu, weights)
+def _differentiated(inputs: Inputs, window: Window, dt: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients by autograd, which can be differentiated again; None for what needs none."""
+    if torch._C._are_functorch_transforms_active():  # where tensors do not say whether they need a gradient
+        without = (None,) if inputs.weights is None else ()
+        tensors = inputs[: 4 - len(without)]
+        _, differentiated = torch.func.vjp(lambda *x: topographic(Inputs(*x, *without), window), *tensors)
+        return *differentiated(dt), *without
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     with torch.enable_grad():
-        t = topographic(z, u, mu, weights, neighborhood, eps)
-        gradients = iter(torch.autograd.grad(t, wanted, dt, create_graph=True))
+        gradients = iter(torch.autograd.grad(topographic(inputs, window), wanted, dt, create_graph=True))
     return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .neighborhood import Neighborhood, corners
 
 
-def along(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, length: int | None = None) -> Tensor:
-    """`x` of the element `offset` further on along one axis: around the circle, 0 outside, or out of the padding.
+def moved(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, length: int | None = None) -> Tensor:
+    """Return `x` of the element `offset` further on along one axis: around the circle, 0 outside, or from the padding.
 
     Args:
         x: any tensor.
@@ -33,13 +33,13 @@ def along(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, len
     return F.pad(x, (0, 0) * after_it + (-offset, offset))
 
 
-def at(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengths=None) -> Tensor:
-    """`x` at real offsets along its last axes, one for each, interpolated linearly between whole ones (Eq. 19).
+def interpolated(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengths=None) -> Tensor:
+    """Return `x` at real offsets along its last axes, one for each, interpolated linearly between whole ones (Eq. 19).
 
     Args:
         x: `(..., D1, D2, ...)`.
         offsets: one for each of the last axes.
-        boundary: of these axes, as in `along`.
+        boundary: of these axes, as in `moved`.
         padding: of each axis, before and after it.
         lengths: of each axis without its padding.
 
@@ -51,7 +51,7 @@ def at(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengt
     for coefficient, whole in corners(offsets):
         part = x
         for axis, offset in enumerate(whole):
-            part = along(part, first + axis, offset, boundary, padding[axis][0], lengths[axis])
+            part = moved(part, first + axis, offset, boundary, padding[axis][0], lengths[axis])
         if coefficient != 1:
             part = coefficient * part
         total = part if total is None else total + part
@@ -59,7 +59,7 @@ def at(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengt
 
 
 def phase_shifted(x: Tensor, offset: float) -> Tensor:
-    """The periodic, band-limited signal through the values along the last axis, at `d + offset` for every `d`.
+    """Return the periodic, band-limited signal through the values along the last axis, at `d + offset` for every `d`.
 
     For an odd number of values the map is orthogonal. For an even number the highest frequency has no phase to shift,
     and shrinks by `cos(π·offset)`; whole offsets are exact rolls either way.
@@ -103,4 +103,6 @@ def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int
     if neighborhood.roll == "fourier":
         return phase_shifted(t, offsets[0])
     boundary = "circular" if neighborhood.capsule_boundary == "circular" else "zero"
-    return at(t.unflatten(-1, neighborhood.lengths(t.shape[-1])), offsets, boundary).flatten(t.ndim - 1)
+    return interpolated(t.reshape((*t.shape[:-1], *neighborhood.lengths(t.shape[-1]))), offsets, boundary).flatten(
+        t.ndim - 1
+    )

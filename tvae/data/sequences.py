@@ -87,12 +87,12 @@ class SequenceSource(ABC):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of values of each factor."""
+        """Return the number of values of each factor."""
         return tuple(len(factor.values) for factor in self.factors)
 
     @property
     def transformations(self) -> dict[int, str]:
-        """Names of the transformations, by the index of the factor that a sequence advances (the first of several)."""
+        """Return the names of the transformations, by the index of the factor that advances (the first of several)."""
         names = {index: factor.name for index, factor in enumerate(self.factors) if factor.transforms}
         return {min(names): " + ".join(names.values())} if self.combined and names else names
 
@@ -181,7 +181,7 @@ class SequenceStream(Dataset[SequenceBatch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of whole batches in one pass over the examples."""
+        """Return the number of whole batches in one pass over the examples."""
         return len(self.source) // self.batch_size
 
     def __getitem__(self, i: int) -> SequenceBatch:

@@ -22,7 +22,7 @@ from ..models import SequenceModel
 from ..presets import PRESETS
 from ..training import Run
 from .runs import Job
-from .tables import CAPCORR, EQUIVARIANCE_ERROR, LOG_LIKELIHOOD, Line, Metric, Printed, Results, mean_and_std
+from .tables import CAPCORR, EQUIVARIANCE_ERROR, LOG_LIKELIHOOD, REPORTED, Line, Metric, Printed, Results, mean_and_std
 
 _MNIST: tuple[Metric, ...] = (LOG_LIKELIHOOD, EQUIVARIANCE_ERROR)
 _DSPRITES: tuple[Metric, ...] = (*((CAPCORR, name) for name in ("x", "y", "orientation", "scale")), EQUIVARIANCE_ERROR)
@@ -34,12 +34,13 @@ class Exhibit:
     """A table or a figure of the paper, or one in its manner: its models by preset, with the numbers printed for each.
 
     Models of dSprites are those of sprites; `with_data` takes those of the data at hand. `draw` draws the figure, if
-    there is one, from the table and the runs.
+    there is one, from the table and the runs; `reported` are the keys of the metrics in the table.
     """
 
     title: str
     models: dict[str, Printed]
     draw: Draw | None = None
+    reported: tuple[str, ...] = REPORTED
 
     def with_data(self, sprites: str) -> Exhibit:
         """Return the same with the models of "sprites" or of "dsprites" data."""

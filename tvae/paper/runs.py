@@ -43,12 +43,12 @@ class Job:
 
     @property
     def untrained_file(self) -> Path:
-        """Where the metrics of the same model before training are."""
+        """Return where the metrics of the same model before training are."""
         return self.path / "untrained.json"
 
     @property
     def finished(self) -> bool:
-        """Whether nothing remains to be done."""
+        """Say whether nothing remains to be done."""
         return Run(self.path, self.config).evaluation_file.exists() and self.untrained_file.exists()
 
 

@@ -60,20 +60,21 @@ class Results:
     lines: list[Line]
 
 
-def collect(title: str, models: dict[str, Printed], jobs: list[Job]) -> Results:
+def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: Sequence[str] = REPORTED) -> Results:
     """Make the table of an exhibit from its finished runs: by metric, then by model.
 
     Args:
         title: of the exhibit.
         models: the numbers that the paper prints of each model, by preset.
         jobs: the runs.
+        reported: keys of the metrics to report.
 
     """
     lines = []
     for preset, printed in models.items():
         runs = [job for job in jobs if job.preset == preset]
-        trained = [_reported(Run(job.path, job.config).evaluation_file) for job in runs]
-        untrained = [_reported(job.untrained_file) for job in runs]
+        trained = [_reported(Run(job.path, job.config).evaluation_file, reported) for job in runs]
+        untrained = [_reported(job.untrained_file, reported) for job in runs]
         for metric, row in trained[0].items():
             lines.append(
                 Line(
@@ -94,8 +95,8 @@ def collect(title: str, models: dict[str, Printed], jobs: list[Job]) -> Results:
     return Results(_title(title, jobs), _note(jobs), lines)
 
 
-def _reported(file: Path) -> dict[Metric, Row]:
-    return {(row.key, row.part): row for row in evaluation.load(file) if row.key in REPORTED}
+def _reported(file: Path, keys: Sequence[str]) -> dict[Metric, Row]:
+    return {(row.key, row.part): row for row in evaluation.load(file) if row.key in keys}
 
 
 def _in_the_papers_terms(config: Config) -> tuple[str, Fraction | None, str, str]:

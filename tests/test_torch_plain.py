@@ -1,22 +1,24 @@
-"""The fast window sum against the plain one; the whole backend is tested in test_topographic.py."""
+"""The fast window sum against the one as written; the whole backend is tested in test_topographic.py."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from numerics import MU_SHAPES, Problem, assert_within, problems
 
-from tvae_kernels import Neighborhood, fallback, reference, topographic
+from tvae_kernels import Neighborhood, reference, topographic
+from tvae_kernels.arguments import Inputs, Window
+from tvae_kernels.backends.torch import plain
 
 
 @settings(max_examples=300)
 @given(problems(longest=12, widest=16, dtypes=[torch.float64]))
-def test_window_sum_equals_the_plain_sum_in_both_directions(problem):
+def test_window_sum_equals_the_sum_as_written_in_both_directions(problem):
     x, n = problem.u.square(), problem.neighborhood
     # both add the same W·K non-negative terms, each within W·K - 1 roundings of half an eps
     tolerance = n.time_window * n.capsule_window * torch.finfo(x.dtype).eps
     for adjoint in (False, True):
         expected = reference.window_sum(x, n, adjoint=adjoint)
-        torch.testing.assert_close(fallback.window_sum(x, n, adjoint), expected, rtol=tolerance, atol=0)
+        torch.testing.assert_close(plain.window_sum(x, n, adjoint), expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -27,7 +29,7 @@ def test_windows_as_long_as_time_is(steps, boundary, shift):
     x = torch.rand(1, steps, 2, 6, dtype=torch.float64)
     for window in (steps, steps + 1) if boundary == "zero" else (steps,):
         n = Neighborhood(window, 3, shift * 6 // steps, time_boundary=boundary)
-        torch.testing.assert_close(fallback.window_sum(x, n), reference.window_sum(x, n), rtol=1e-14, atol=0)
+        torch.testing.assert_close(plain.window_sum(x, n), reference.window_sum(x, n), rtol=1e-14, atol=0)
 
 
 @settings(max_examples=100)
@@ -35,8 +37,8 @@ def test_windows_as_long_as_time_is(steps, boundary, shift):
 def test_the_adjoint_is_the_transposed_sum(problem):
     """`<window_sum(x), y> = <x, window_sum(y, adjoint)>`."""
     x, y, n = problem.u.square(), problem.z.square(), problem.neighborhood
-    left = (fallback.window_sum(x, n) * y).sum()
-    right = (x * fallback.window_sum(y, n, adjoint=True)).sum()
+    left = (plain.window_sum(x, n) * y).sum()
+    right = (x * plain.window_sum(y, n, adjoint=True)).sum()
     # W·K additions, the weight, one product and a sum over all elements; all terms are non-negative
     roundings = n.time_window * n.capsule_window + 2 + x.numel()
     torch.testing.assert_close(left, right, rtol=roundings * torch.finfo(x.dtype).eps, atol=0)
@@ -46,7 +48,7 @@ def test_window_sum_leaves_its_input_alone():
     x = torch.rand(1, 4, 1, 4)
     before = x.clone()
     for n in (Neighborhood(), Neighborhood(4, 3), Neighborhood(3, 2, time_boundary="zero", capsule_boundary="zero")):
-        fallback.window_sum(x, n)
+        plain.window_sum(x, n)
         assert torch.equal(x, before)
 
 
@@ -54,9 +56,9 @@ def test_window_sum_leaves_its_input_alone():
 def test_mu_and_its_gradient_keep_their_shape(mu):
     """The backend takes any `mu` that broadcasts to `(C, D)`, without expanding it."""
     problem = Problem.random((2, 4, 2, 3), Neighborhood(3, 2), mu)
-    arguments = (problem.z, problem.u, problem.mu, None)
-    t, r = fallback.forward(*arguments, problem.neighborhood, problem.eps, True)
-    dz, du, dmu, _ = fallback.backward(problem.dt, *arguments, r, problem.neighborhood, problem.eps)
+    arguments = Inputs(problem.z, problem.u, problem.mu, None), Window(problem.neighborhood, problem.eps)
+    t, r = plain.forward(*arguments, True)
+    dz, du, dmu, _ = plain.backward(*arguments, r, problem.dt)
     expected, bounds = problem.judge(), problem.bounds()
     assert dmu.shape == problem.mu.shape
     for name, x in {"t": t, "dz": dz, "du": du, "dmu": dmu}.items():
@@ -101,6 +103,7 @@ def test_memory_stays_within_four_times_the_inputs(shape, neighborhood):
     assert peak_memory(run) <= 4 * (z.nbytes + u.nbytes)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code
 def test_the_default_compiler_gives_the_same_numbers():
     problem = Problem.random((2, 18, 3, 18), Neighborhood(18, 3))

@@ -1,4 +1,4 @@
-"""Triton kernels for windows that roll by a phase shift.
+"""Kernels for windows that roll by phase shifts: what they are, and launched.
 
     v[l, d] = Σ_{i,k} w[i,k] · (Σ_m h_i[m] · u[l + i, d + k + m])²
 
@@ -6,11 +6,17 @@ Every program handles whole capsules in a tile of `BLOCK_S` frames, since a phas
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .kernels_taps import _moved, _reciprocal_root
+from ...arguments import Inputs, Window, compute_dtype
+from ..tables import phases, table
+from .launch import ceiling, constants
+from .taps import Prepared, Sizes, _moved, _reciprocal_root, common_fields, launch_backward, launch_forward
 
 
 @dataclass(frozen=True)
@@ -59,20 +65,20 @@ def _shifted(u, h, row, inside, d, stride_s, stride_d, P: tl.constexpr):
 
 
 @triton.jit
-def _weight(w, i, k, P: tl.constexpr):
+def _weight(weights, i, k, P: tl.constexpr):
     if P.WEIGHTED:
-        return tl.load(w + i * P.K + k)
+        return tl.load(weights + i * P.K + k)
     else:
         return 1.0
 
 
 @triton.jit
 def fourier_forward_kernel(
-    z, u, mu, w, t, r, h, groups,
+    z, u, mu, weights, t, r, h, groups,
     S, S_U, C, TILES_S,
     z_stride_b, z_stride_s, z_stride_c, z_stride_d,
     u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d, w_stride_c,
+    mu_stride_c, mu_stride_d, weights_stride_c,
     SAVE_R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """`r = (v + EPS)^(-1/2)` and `t = (z - mu) · r`; strides count elements, `t` and `r` are contiguous."""
@@ -80,13 +86,13 @@ def fourier_forward_kernel(
     u += b * u_stride_b + c * u_stride_c
     h += tl.load(groups + c) * P.W * P.D
     if P.WEIGHTED:
-        w += c * w_stride_c
+        weights += c * weights_stride_c
     v = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
     for i in range(P.W):
         row, row_inside = _moved(l, P.FIRST_I + i, S_U, P.TIME_CIRCULAR)
         x = _shifted(u, h + i * P.D, row, row_inside, d, u_stride_s, u_stride_d, P)
         for k in range(P.K):
-            v += _weight(w, i, k, P) * tl.gather(x * x, _around(d, P.FIRST_K + k, P), 1)
+            v += _weight(weights, i, k, P) * tl.gather(x * x, _around(d, P.FIRST_K + k, P), 1)
     reciprocal = _reciprocal_root(v + P.EPS)
 
     inside = (l < S) & (d < P.D)
@@ -102,12 +108,12 @@ def fourier_forward_kernel(
 
 @triton.jit
 def fourier_backward_kernel(
-    dt, z, u, mu, w, r, dz, du, dmu_parts, dw_parts, h, groups,
+    dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, h, groups,
     S, S_U, C, TILES_S,
     dt_stride_b, dt_stride_s, dt_stride_c, dt_stride_d,
     z_stride_b, z_stride_s, z_stride_c, z_stride_d,
     u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d, w_stride_c,
+    mu_stride_c, mu_stride_d, weights_stride_c,
     P: tl.constexpr,
 ):  # fmt: skip
     """With `g = -½ · dt · (z - mu) · r³` and `x_i` the shifted `u`:
@@ -126,7 +132,7 @@ def fourier_backward_kernel(
     capsule = (b * S * C + c) * P.D  # of the contiguous tensors, whose frames lie C·D apart
     h += tl.load(groups + c) * P.W * P.D
     if P.WEIGHTED:
-        w += c * w_stride_c
+        weights += c * weights_stride_c
 
     row, column, inside = l.to(tl.int64), d.to(tl.int64), (l < S) & (d < P.D)
     r_here = tl.load(r + capsule + row * C * P.D + column, mask=inside, other=0.0)
@@ -146,7 +152,7 @@ def fourier_backward_kernel(
             z_tap = tl.load(z + row * z_stride_s + column * z_stride_d, mask=tap, other=0.0).to(P.ACC)
             r_tap = tl.load(r + capsule + row * C * P.D + column, mask=tap, other=0.0)
             numerator = z_tap - tl.load(mu + column * mu_stride_d, mask=tap, other=0.0)
-            gathered += _weight(w, i, k, P) * (dt_tap * r_tap * (numerator * r_tap) * r_tap)
+            gathered += _weight(weights, i, k, P) * (dt_tap * r_tap * (numerator * r_tap) * r_tap)
         x = _shifted(u, h + i * P.D, l, l < S_U, d, u_stride_s, u_stride_d, P)
         product = -x * gathered  # 2 · x · (-½ · gathered)
         for m in range(P.D):
@@ -166,3 +172,50 @@ def fourier_backward_kernel(
             for k in range(P.K):
                 energy = tl.gather(x * x, _around(d, P.FIRST_K + k, P), 1)
                 tl.store(dw_parts + i * P.K + k, tl.sum(tl.where(inside, g * energy, 0.0)))
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `t`, and if it is asked for `r = (v + eps)^(-1/2)`."""
+    return launch_forward(_prepared_for(inputs, window), inputs, window, save_r)
+
+
+def backward(inputs: Inputs, window: Window, r: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return `dz`, `du`, `dmu` of the shape of `mu` and `dw` (None without weights), from what `forward` returned."""
+    return launch_backward(_prepared_for(inputs, window), inputs, window, r, dt)
+
+
+def _prepared_for(inputs: Inputs, window: Window) -> Prepared:
+    z = inputs.z
+    return _prepared(window, Sizes.from_inputs(inputs), inputs.weights is not None, z.dtype, z.device)
+
+
+@lru_cache(maxsize=256)
+def _prepared(window: Window, sizes: Sizes, weighted: bool, dtype: torch.dtype, device: torch.device) -> Prepared:
+    n, (S, S_U, C, D, _) = window.neighborhood, sizes
+    block_d = triton.next_power_of_2(max(D, 1))
+    block_s = min(triton.next_power_of_2(max(S, S_U, 1)), max(1, 512 // block_d))
+    tiles_s = ceiling(max(S, S_U), block_s)
+    fields = {
+        "D": D,
+        "FIRST_I": 0 if n.time_boundary == "padded" else n.time_taps.start,
+        "W": n.time_window,
+        "FIRST_K": n.capsule_taps.start,
+        "K": n.capsule_window,
+        **common_fields(window, weighted, dtype, block_s, block_d),
+    }
+    h, groups = phases(n, D, compute_dtype(dtype), device), table(n, C, D, compute_dtype(dtype), device).groups
+    weights = n.time_window * n.capsule_window
+    with torch.inference_mode(False):  # it is kept for calls that train
+        by_weight = torch.arange(weights, device=device)[:, None]
+    return Prepared(
+        (fourier_forward_kernel, fourier_backward_kernel),
+        {"P": constants(Phases, fields), "num_warps": 2},
+        (h, groups, S, S_U, C, tiles_s),
+        tiles_s,
+        tiles_s,
+        by_weight,
+        weights,
+    )

@@ -1,4 +1,4 @@
-"""The `torch` backend: the reference's numbers in few PyTorch operations, on any device; here for plain windows.
+"""Plain windows without weights in PyTorch operations: window sums along skewed capsules.
 
 Along the taps of one window, the position moves by `shift` with each frame. Numbered by `e = d - shift·l` instead of d,
 it stands still: the window over time becomes a plain sum over W consecutive frames, which PyTorch adds up in registers
@@ -20,33 +20,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import operators, reference
-from .neighborhood import Neighborhood
-from .reference import compute_dtype
+from ... import reference
+from ...arguments import Inputs, Window, compute_dtype
+from ...neighborhood import Neighborhood
+from ..operators import operator
 
 
 def window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool = False) -> Tensor:
-    """`reference.window_sum` without weights, faster: `(B, S, C, D)` to `(B, S, C, D)`, which may be `x` itself."""
+    """Return `reference.window_sum` without weights, faster: `(B, S, C, D)` to the same, which may be `x` itself."""
     taps = neighborhood.time_window * neighborhood.capsule_window
     if taps == 1:
         return x
     if taps <= 4:  # whose rolls cost less than to skew and unskew
         return reference.window_sum(x, neighborhood, adjoint=adjoint)
-    # A compiler would skew anew for every tap. Exported programs take this with them: they run without this package.
-    if torch.compiler.is_dynamo_compiling():
-        return operators.window_sum(x, neighborhood, adjoint)
     return skewed_window_sum(x, neighborhood, adjoint)
 
 
-def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
-    """The plain window sum as written above, into new memory."""
-    shape, (_, steps, capsules, dim) = x.shape, x.shape
-    frames, positions, (more_steps, more_dim) = _circle(steps, dim, neighborhood, adjoint)
-    window, width = len(frames), len(positions)
-    if more_steps or more_dim:
-        x = F.pad(x, (0, more_dim, 0, 0, 0, more_steps))
+def _fake_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    circle = steps + more_steps, dim + more_dim
+
+# A compiler would skew anew for every tap. Exported programs take the sum with them: they run without this package.
+@operator("window_sum", _fake_window_sum, looked_into=lambda *_: not torch.compiler.is_dynamo_compiling())
+def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
+    """Return the plain window sum as written above, into new memory."""
+    shape, (_, steps, capsules, dim) = x.shape, x.shape
+    frames, positions, (pad_steps, pad_dim) = _circle(steps, dim, neighborhood, adjoint)
+    window, width = len(frames), len(positions)
+    if pad_steps or pad_dim:
+        x = F.pad(x, (0, pad_dim, 0, 0, 0, pad_steps))
+
+    circle = steps + pad_steps, dim + pad_dim
     shift = neighborhood.shift % circle[1] if window > 1 else 0
     # If the windows cover all time and the diagonals meet themselves again, all windows on a diagonal are one.
     all_time = window == steps == circle[0] and shift * window % circle[1] == 0
@@ -71,7 +75,7 @@ def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> T
 
 
 def _circle(steps: int, dim: int, neighborhood: Neighborhood, adjoint: bool) -> tuple[range, range, tuple[int, int]]:
-    """The taps in time and capsule, and how many zeros to put at the ends of both axes to treat them as circles.
+    """Return the taps in time and capsule, and how many zeros to put at the ends of both axes to treat them as circles.
 
     With as many zeros as the longest step, a tap that leaves a cut axis lands on a zero, on either side.
     """
@@ -106,7 +110,7 @@ def _indices(
     line: int,
     device: torch.device,
 ) -> Tensor:
-    """Where on the circles `[l, c, e + shift·l]` lies, in memory with lines of `line` elements.
+    """Return where on the circles `[l, c, e + shift·l]` lies, in memory with lines of `line` elements.
 
     For every l and e of `frames` and `positions`, each a start and a length, and every capsule c; flattened.
     """
@@ -120,32 +124,20 @@ def _indices(
     return (starts[:, :, None] + ((e + shift * l) % circle[1])[:, None]).flatten()
 
 
-def forward(
-    z: Tensor, u: Tensor, mu: Tensor, weights: None, neighborhood: Neighborhood, eps: float, save_r: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return `t` in the type of `z`, and `r = (v + eps)^(-1/2)` in the compute type, kept for the backward pass.
-
-    Here `mu` is any tensor in the compute type that broadcasts to `(C, D)`.
-    """
+def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `t` in the type of `z`, and `r = (v + eps)^(-1/2)` in the compute type, kept for the backward pass."""
+    z, u, mu, _ = inputs
     dtype = compute_dtype(z.dtype)
-    r = window_sum(u.to(dtype).square(), neighborhood).add_(eps).rsqrt_()
+    r = window_sum(u.to(dtype).square(), window.neighborhood).add_(window.eps).rsqrt_()
     t = (z.to(dtype) - mu) * r
     # Neither a conversion that converts nothing nor an operation in place may make `t`: traced by torch.compile (2.11)
     # as an output of an autograd.Function beside an output without a gradient, it silently makes the gradients zero.
     return (t if t.dtype == z.dtype else t.to(z.dtype)), (r if save_r else None)
 
 
-def backward(
-    dt: Tensor,
-    z: Tensor,
-    u: Tensor,
-    mu: Tensor,
-    weights: None,
-    r: Tensor,
-    neighborhood: Neighborhood,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """The formulas of `reference.topographic_backward`, from the saved `r`; `dmu` has the shape of `mu`."""
+def backward(inputs: Inputs, window: Window, r: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Return the formulas of `reference.topographic_backward`, from the saved `r`."""
+    z, u, mu, _ = inputs
     dtype = compute_dtype(z.dtype)
     out, z, u = z.dtype, z.to(dtype), u.to(dtype)
     dz = dt.to(dtype) * r
@@ -154,5 +146,5 @@ def backward(
     def g() -> Tensor:  # twice the reference's: its factors -½ and 2 meet in du
         return (mu - z).mul_(dz).mul_(r).mul_(r)
 
-    du = window_sum(g(), neighborhood, adjoint=True).mul_(u)  # g has no name: once skewed, its memory is free
+    du = window_sum(g(), window.neighborhood, adjoint=True).mul_(u)  # g has no name: once skewed, its memory is free
     return dz.to(out), du.to(out), dmu, None

@@ -1,4 +1,4 @@
-"""The `torch` backend for windows that are not plain: sums over a table of pairs of elements, in one operation.
+"""Windows out of a table in PyTorch operations: sums over pairs of elements, in one operation.
 
 Every element of `v` is a bag: the `u²` of its taps, each with its weight. PyTorch's `embedding_bag` adds up the bags of
 all elements in one pass, reading what it needs and no zeros, so that inf and NaN stay in the windows that hold them.
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .neighborhood import Neighborhood
-from .reference import compute_dtype
-from .taps import Table, table
+from ... import reference
+from ...arguments import Inputs, Window, compute_dtype, has_own_weights
+from ...neighborhood import Neighborhood
+from ..tables import Table, table
 
 
 class _Bags(NamedTuple):
@@ -26,51 +26,42 @@ class _Bags(NamedTuple):
 
     source: Tensor  # (P,) int32: number of the element that is added; of v to u one more, which is 0
     starts: Tensor  # (elements + 1,) int32: of each bag in `source`
-    entry: Tensor  # (P,) int32: number of the coefficient, and of the weight
+    entry: Tensor  # (P,) int32: number of the coefficient
 
 
 class _Pairs(NamedTuple):
     forward: _Bags  # from u to v
     adjoint: _Bags  # from v to u
-    weights: Tensor  # (entries,) number of the weight
+    numbers: Tensor  # (entries,): which of the weights an entry has
     coefficients: Tensor  # (entries,)
 
 
-def forward(
-    z: Tensor, u: Tensor, mu: Tensor, weights: Tensor | None, neighborhood: Neighborhood, eps: float, save_r: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return `t`, and `r = (v + eps)^(-1/2)`: of one root of the shape of `z`, else as `taps.shape_of_r` says."""
+def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `t`, and `r = (v + eps)^(-1/2)`: of one root of the shape of `z`, else as `tables.shape_of_r` says."""
+    (z, u, mu, weights), (neighborhood, eps) = inputs, window
     dtype = compute_dtype(z.dtype)
-    pairs, rows = _problem(z, u, weights, neighborhood)
-    x = rows.of_u(u.to(dtype).square())
+    pairs, matrices = _prepared(inputs, neighborhood)
+    x = matrices.from_u(u.to(dtype).square())
     if "zero" in (neighborhood.time_boundary, neighborhood.capsule_boundary):
         x = F.pad(x, (0, 0, 0, 1))
     v = _sums(pairs.forward, x, _factors(pairs, weights))
-    r = rows.to_roots(v).add_(eps).rsqrt_()
+    r = matrices.to_roots(v).add_(eps).rsqrt_()
     several = neighborhood.root_count > 1
     r = torch.cat((r, r.reciprocal().sum(1, keepdim=True).reciprocal_()), 1) if several else r[:, 0]
     t = (z.to(dtype) - mu) * _scale(r)
     return (t if t.dtype == z.dtype else t.to(z.dtype)), (r if save_r else None)
 
 
-def backward(
-    dt: Tensor,
-    z: Tensor,
-    u: Tensor,
-    mu: Tensor,
-    weights: Tensor | None,
-    r: Tensor,
-    neighborhood: Neighborhood,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of all four tensors; with `s = 1 / Σ 1/r`, that of `v` is `-½ · dt · (z - mu) · s² · r`."""
+def backward(inputs: Inputs, window: Window, r: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of all four tensors; with `s = 1 / Σ 1/r`, that of `v` is `-½ · dt · (z - mu) · s² · r`."""
+    (z, u, mu, weights), neighborhood = inputs, window.neighborhood
     dtype = compute_dtype(z.dtype)
-    pairs, rows = _problem(z, u, weights, neighborhood)
+    pairs, matrices = _prepared(inputs, neighborhood)
     s = _scale(r)
     dz = dt.to(dtype) * s
     g = (mu - z.to(dtype)).mul_(dz).mul_(s)
     g = g[:, None] * (r[:, :-1] if neighborhood.root_count > 1 else r[:, None])  # twice: -½ and 2 meet in du
-    du = rows.to_u(_sums(pairs.adjoint, rows.of_roots(g), _factors(pairs, weights))).mul(u)
+    du = matrices.to_u(_sums(pairs.adjoint, matrices.from_roots(g), _factors(pairs, weights))).mul(u)
     dw = None
     if weights is not None:
         dw = reference.weight_gradients(g.movedim(1, 0), u.to(dtype), neighborhood, weights.shape) / 2
@@ -78,11 +69,11 @@ def backward(
 
 
 def _scale(r: Tensor) -> Tensor:
-    """`s`, from what is kept."""
+    """Return `s`, from what is kept."""
     return r if r.ndim == 4 else r[:, -1]
 
 
-class _Rows(NamedTuple):
+class _Matrices(NamedTuple):
     """Tensors as matrices of a row for each element that pairs tell apart, and what they treat alike in its columns."""
 
     z_shape: torch.Size
@@ -90,7 +81,7 @@ class _Rows(NamedTuple):
     roots: int
     per_capsule: bool
 
-    def of_u(self, x: Tensor) -> Tensor:
+    def from_u(self, x: Tensor) -> Tensor:
         order = (1, 2, 3, 0) if self.per_capsule else (1, 3, 0, 2)
         return x.permute(order).flatten(0, 2 if self.per_capsule else 1).flatten(1).contiguous()
 
@@ -98,28 +89,29 @@ class _Rows(NamedTuple):
         B, S, C, D = self.u_shape
         return x.view(S, C, D, B).permute(3, 0, 1, 2) if self.per_capsule else x.view(S, D, B, C).permute(2, 0, 3, 1)
 
-    def of_roots(self, x: Tensor) -> Tensor:
+    def from_roots(self, x: Tensor) -> Tensor:
         order = (1, 2, 3, 4, 0) if self.per_capsule else (1, 2, 4, 0, 3)
         return x.permute(order).flatten(0, 3 if self.per_capsule else 2).flatten(1).contiguous()
 
     def to_roots(self, x: Tensor) -> Tensor:
-        """`(B, R, S, C, D)`."""
+        """Return `(B, R, S, C, D)`."""
         B, S, C, D = self.z_shape
         if self.per_capsule:
             return x.view(self.roots, S, C, D, B).permute(4, 0, 1, 2, 3)
         return x.view(self.roots, S, D, B, C).permute(3, 0, 1, 4, 2)
 
 
-def _problem(z: Tensor, u: Tensor, weights: Tensor | None, neighborhood: Neighborhood) -> tuple[_Pairs, _Rows]:
-    own_weights = weights is not None and weights.ndim > len(neighborhood.weights_shape)
+def _prepared(inputs: Inputs, neighborhood: Neighborhood) -> tuple[_Pairs, _Matrices]:
+    z, u, _, weights = inputs
+    own_weights = has_own_weights(weights, neighborhood)
     per_capsule = own_weights or neighborhood.speeds is not None
     _, S, C, D = z.shape
-    pairs = _pairs(neighborhood, S, C if per_capsule else 1, D, own_weights, compute_dtype(z.dtype), z.device)
-    return pairs, _Rows(z.shape, u.shape, neighborhood.root_count, per_capsule)
+    pairs = _pairs(neighborhood, (S, C if per_capsule else 1, D), own_weights, compute_dtype(z.dtype), z.device)
+    return pairs, _Matrices(z.shape, u.shape, neighborhood.root_count, per_capsule)
 
 
 def _sums(bags: _Bags, x: Tensor, factors: Tensor) -> Tensor:
-    """`(elements, columns)` from rows of elements and a factor for each entry."""
+    """Return `(elements, columns)` from rows of elements and a factor for each entry."""
     if len(bags.starts) == 1 or x.shape[1] == 0:
         return x.new_zeros(len(bags.starts) - 1, x.shape[1])
     factors = factors.index_select(0, bags.entry)
@@ -129,15 +121,20 @@ def _sums(bags: _Bags, x: Tensor, factors: Tensor) -> Tensor:
 
 
 def _factors(pairs: _Pairs, weights: Tensor | None) -> Tensor:
-    return pairs.coefficients if weights is None else pairs.coefficients * weights.flatten()[pairs.weights]
+    return pairs.coefficients if weights is None else pairs.coefficients * weights.flatten()[pairs.numbers]
 
 
 @lru_cache(maxsize=8)  # they can be as large as the tensors
 def _pairs(
-    neighborhood: Neighborhood, S: int, C: int, D: int, own_weights: bool, dtype: torch.dtype, device: torch.device
+    neighborhood: Neighborhood,
+    shape: tuple[int, int, int],
+    own_weights: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> _Pairs:
-    """All pairs of elements of `v` and `u`, of C capsules that are not alike, or of one that stands for all."""
-    with torch.inference_mode(False):
+    """All pairs of elements of `v` and `u`, of shape `(S, C, D)`; where all capsules are alike, one stands for all."""
+    S, C, D = shape
+    with torch.inference_mode(False), torch.device("cpu"):  # it is kept for calls that train, and on any device
         entries = table(neighborhood, C, D, dtype, torch.device("cpu"))
         (before, after), _ = neighborhood.padding()
         D_U = entries.padded[0] * entries.padded[1] * entries.padded[2]
@@ -157,11 +154,11 @@ def _pairs(
         bag = torch.where(inside, source, elements).flatten(), target.flatten(), entry.flatten()
         forward = _bags(*bag, neighborhood.root_count * S * C * D, device)
         adjoint = _bags(target[inside], source[inside], entry[inside], elements, device)
-        weights = entries.weights.long().repeat(C)
+        numbers = entries.numbers.long().repeat(C)
         if own_weights:
-            weights += torch.arange(C).repeat_interleave(E) * (int(entries.weights.max()) + 1)
+            numbers += torch.arange(C).repeat_interleave(E) * (int(entries.numbers.max()) + 1)
         coefficients = entries.coefficients[entries.groups.long()].flatten()
-        return _Pairs(forward, adjoint, weights.to(device), coefficients.to(device))
+        return _Pairs(forward, adjoint, numbers.to(device), coefficients.to(device))
 
 
 def _bags(source: Tensor, target: Tensor, entry: Tensor, count: int, device: torch.device) -> _Bags:
@@ -171,7 +168,7 @@ def _bags(source: Tensor, target: Tensor, entry: Tensor, count: int, device: tor
 
 
 def _frames(entries: Table, neighborhood: Neighborhood, S: int, S_U: int) -> Tensor:
-    """`(E, S)`: the frame of `u` that a tap of each frame reads, or -1."""
+    """Return `(E, S)`: the frame of `u` that a tap of each frame reads, or -1."""
     frames = torch.arange(S) + entries.times[:, None]
     if neighborhood.time_boundary == "circular":
         return frames % S_U
@@ -179,7 +176,7 @@ def _frames(entries: Table, neighborhood: Neighborhood, S: int, S_U: int) -> Ten
 
 
 def _positions(entries: Table, neighborhood: Neighborhood) -> Tensor:
-    """`(G, E, D)`: the position in `u` that a tap of each position reads, or -1."""
+    """Return `(G, E, D)`: the position in `u` that a tap of each position reads, or -1."""
     z = torch.stack(torch.meshgrid(*map(torch.arange, entries.lengths), indexing="ij"), -1).flatten(0, -2)  # (D, 3)
     u = z + entries.offsets[:, :, None, :]
     lengths = torch.tensor(entries.padded)

@@ -1,4 +1,4 @@
-"""The taps of any neighbourhood as tables of whole offsets, which the kernels and the fallback go through."""
+"""The taps of any neighbourhood as tables of whole offsets, which kernels and PyTorch operations go through."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .neighborhood import Neighborhood, corners
-from .roll import phase_shifted
+from ..neighborhood import Neighborhood, corners
+from ..roll import phase_shifted
 
 AXES = 3  # of every table; missing ones come first and have one position
 
@@ -23,8 +23,8 @@ class Table(NamedTuple):
     """
 
     times: Tensor  # (E,) int32: frames from one of z to one of u
-    weights: Tensor  # (E,) int32: number of the weight
-    of_weights: Tensor  # (weights, most) int64: the entries of each weight, filled up with E
+    numbers: Tensor  # (E,) int32: which of the weights an entry has
+    by_weight: Tensor  # (weights, most) int64: the entries of each weight, filled up with E
     roots: tuple[int, ...]  # R + 1 numbers: where the entries of each root begin and end
     offsets: Tensor  # (G, E, 3) int32
     coefficients: Tensor  # (G, E) of the linear interpolation
@@ -35,18 +35,18 @@ class Table(NamedTuple):
 
 @lru_cache(maxsize=128)
 def table(neighborhood: Neighborhood, capsules: int, dim: int, dtype: torch.dtype, device: torch.device) -> Table:
-    """The table for capsules of `dim` positions, with coefficients of type `dtype`."""
+    """Return the table for capsules of `dim` positions, with coefficients of type `dtype`."""
     speeds = neighborhood.speeds or (1,)
     distinct = sorted(set(speeds))
     (before, _), padding = neighborhood.padding()
     lengths = neighborhood.lengths(dim)
-    times, weights, roots, offsets, coefficients = [], [], [], [[] for _ in distinct], [[] for _ in distinct]
+    times, numbers, roots, offsets, coefficients = [], [], [], [[] for _ in distinct], [[] for _ in distinct]
     for taps in zip(*(neighborhood.taps(speed) for speed in distinct), strict=True):
         found = [corners(tap.offsets) for tap in taps]
         count = max(map(len, found))
         first = -before if neighborhood.time_boundary == "padded" else 0
         times += [taps[0].time - first] * count
-        weights += [taps[0].weight] * count
+        numbers += [taps[0].number] * count
         roots += [taps[0].root] * count
         for group, entries in enumerate(found):
             parts = count // len(entries)  # both are powers of 2, so that the parts of a number are exact
@@ -54,24 +54,24 @@ def table(neighborhood: Neighborhood, capsules: int, dim: int, dtype: torch.dtyp
             offsets[group] += [_stored(offset, neighborhood, lengths, padding) for _, offset in entries] * parts
 
     def tensor(x, dtype=torch.int32):
-        return torch.tensor(x, dtype=dtype).to(device)
+        return torch.tensor(x, dtype=dtype, device="cpu").to(device)
 
-    mine = [[] for _ in range(max(weights) + 1)]
-    for entry, number in enumerate(weights):
-        mine[number].append(entry)
-    most = max(map(len, mine))
+    by_weight = [[] for _ in range(max(numbers) + 1)]
+    for entry, number in enumerate(numbers):
+        by_weight[number].append(entry)
+    most = max(map(len, by_weight))
     missing = (1,) * (AXES - len(lengths))
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # it is kept for calls that train
         return Table(
             tensor(times),
-            tensor(weights),
-            tensor([x + [len(weights)] * (most - len(x)) for x in mine], torch.int64),
+            tensor(numbers),
+            tensor([x + [len(numbers)] * (most - len(x)) for x in by_weight], torch.int64),
             (*(roots.index(root) for root in range(neighborhood.root_count)), len(roots)),
             tensor(offsets),
             tensor(coefficients, dtype),
             tensor([distinct.index(speeds[c % len(speeds)]) for c in range(capsules)]),
             missing + tuple(lengths),
-            missing + tuple(n + sum(more) for n, more in zip(lengths, padding, strict=True)),
+            missing + tuple(low + n + high for n, (low, high) in zip(lengths, padding, strict=True)),
         )
 
 
@@ -89,17 +89,19 @@ def _stored(offset: tuple[int, ...], neighborhood: Neighborhood, lengths, paddin
 
 
 def shape_of_r(z: Tensor, neighborhood: Neighborhood) -> tuple[int, ...]:
-    """Of what is kept: that of `z`, or `(B, R + 1, S, C, D)` for the `r` of R roots and the reciprocal of their sum."""
-    B, *rest = z.shape
+    """Return the shape of what is kept for the backward pass: `r` of R roots and, where there are several, their scale.
+
+    That of `z` for one root; `(B, R + 1, S, C, D)` for several, with `1 / Σ_roots 1/r` as the last.
+    """
     roots = neighborhood.root_count
-    return (B, *rest) if roots == 1 else (B, roots + 1, *rest)
+    return tuple(z.shape) if roots == 1 else (z.shape[0], roots + 1, *z.shape[1:])
 
 
 @lru_cache(maxsize=128)
 def phases(neighborhood: Neighborhood, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`h` of shape `(G, W, D)`: `Σ_m h[m] · u[d + m]` is `u` with its phase shifted by the roll of a frame."""
+    """Return `h` of shape `(G, W, D)`: `Σ_m h[m] · u[d + m]` is `u` with its phase shifted by the roll of a frame."""
     with torch.inference_mode(False):
-        each = torch.eye(dim, dtype=torch.float64)
+        each = torch.eye(dim, dtype=torch.float64, device="cpu")
         h = [
             [phase_shifted(each, round(neighborhood.shift * speed * i, 12))[:, 0] for i in neighborhood.time_taps]
             for speed in sorted(set(neighborhood.speeds or (1,)))
@@ -107,9 +109,9 @@ def phases(neighborhood: Neighborhood, dim: int, dtype: torch.dtype, device: tor
         return torch.stack([torch.stack(rows) for rows in h]).to(device, dtype)
 
 
-def weight_sums(parts: Tensor, of_weights: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The gradients of the entries, `(..., E)`, added up by weight in a fixed order, to a tensor of `shape`.
+def weight_sums(parts: Tensor, by_weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the gradients of the entries, `(..., E)`, added up by weight in a fixed order, to a tensor of `shape`.
 
-    Each weight takes the entries in its row of `Table.of_weights` and no others, not even times 0: they may be NaN.
+    Each weight takes the entries in its row of `Table.by_weight` and no others, not even times 0: they may be NaN.
     """
-    return F.pad(parts, (0, 1))[..., of_weights].sum(-1).reshape(shape)
+    return F.pad(parts, (0, 1))[..., by_weight].sum(-1).reshape(shape)

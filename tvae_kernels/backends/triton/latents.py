@@ -1,6 +1,6 @@
-"""Triton kernels from what the encoders say of `z` and `u` to `t` and both KL terms, for short sequences.
+"""Kernels from what the encoders say of `z` and `u` to `t` and both KL terms, for short sequences and plain windows.
 
-They are the `whole` kernels of `kernels_plain` with other ends: a lane samples the frames of its diagonal as it reads
+They are the `whole` kernels of `plain` with other ends: a lane samples the frames of its diagonal as it reads
 their means and log-variances, and adds up on the way what the posterior costs. With `noise` of unit variance,
 
     x = mean + exp(½ · log_variance) · noise        KL = ½ · Σ (mean² + exp(log_variance) - 1 - log_variance)
@@ -9,15 +9,22 @@ Neither `z` nor `u` nor the noise is ever in memory: the backward pass draws it 
 follows from the element's place in the batch, for four frames of a lane at a time.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .kernels_plain import _capsule_sum, _load_rows, _offset, _reciprocal_root, _window_sums, _wrapped
+from ...arguments import Inputs, Noise, Window, compute_dtype
+from ...neighborhood import Neighborhood
+from .lanes import _capsule_sum, _load_rows, _offset, _reciprocal_root, _window_sums, _wrapped
+from .launch import ceiling, launch
+from .plain import MOST_POSITIONS, Choice, choice
 
 GROUP = tl.constexpr(4)  # frames that are asked for before the first of them is used, and whose noise is drawn at once
 Z = tl.constexpr(0)  # streams of noise
 U = tl.constexpr(1)
 FRAMES = tl.constexpr(32)  # no fewer than a lane can hold
+MOST_FRAMES = 18  # that a lane can hold in registers, with their samples
 
 
 @triton.jit
@@ -39,7 +46,7 @@ def _first_count(b, c, e, C, first, P: tl.constexpr):
 
 @triton.jit
 def _group_rows(x, e, inside, stride_s, stride_d, FROM: tl.constexpr, MOVE: tl.constexpr, P: tl.constexpr):
-    """A group of frames along every lane's diagonal, or `MOVE` positions beside it, as a tuple."""
+    """Load a group of frames along every lane's diagonal, or `MOVE` positions beside it, as a tuple."""
     return _load_rows(x, e, inside, stride_s, stride_d, FROM, min(FROM + GROUP, P.S), MOVE, P)
 
 
@@ -218,3 +225,55 @@ def latents_backward_kernel(
             tl.store(at, (dx + dkl * mean).to(du.dtype.element_ty), mask=inside)
             dlog = 0.5 * (dx * (us[l] - mean) + dkl * (std * std - 1.0))
             tl.store(at + C * P.D, dlog.to(du.dtype.element_ty), mask=inside)
+
+
+# --- which problems, and their launches -------------------------------------------------------------------------------
+
+
+def fits(inputs: Inputs, neighborhood: Neighborhood) -> bool:
+    """Say whether a lane holds a diagonal of the problem, whose window is plain, with its samples in registers."""
+    (z, u, mu, _), n = inputs, neighborhood
+    _, steps, _, _, dim = z.shape
+    if n.capsule_boundary != "circular" or mu.numel() != 1 or u.dtype != z.dtype:
+        return False
+    held = 0 < steps <= MOST_FRAMES and 0 < dim <= MOST_POSITIONS
+    return held and (n.time_boundary != "circular" or n.shift * steps % dim == 0)
+
+
+def forward(inputs: Inputs, window: Window, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `t` and the KL terms of every frame, `(B, S)`."""
+    z, u, mu, _ = inputs
+    B, S, _, C, D = z.shape
+    t = torch.empty((B, S, C, D), dtype=z.dtype, device=z.device)
+    chosen, blocks = _choose(inputs, window, z)
+    kl = torch.empty((2, B, blocks, S), dtype=compute_dtype(z.dtype), device=z.device)
+    arguments = (z, u, *noise, mu, t, kl[0], kl[1], C, S, *z.stride(), *u.stride())
+    options = {"GIVEN": noise.seed is None, "P": chosen.plan, "num_warps": chosen.warps}
+    launch(z, latents_forward_kernel, (B * blocks,), *arguments, **options)
+    return t, *kl.sum(2)
+
+
+def backward(
+    inputs: Inputs, window: Window, noise: Noise, dt: Tensor, dkl_z: Tensor, dkl_u: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `z`, of `u` and of `mu`."""
+    z, u, mu, _ = inputs
+    B, S, _, C, _ = z.shape
+    dz, du = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (z, u))
+    chosen, blocks = _choose(inputs, window, dt)
+    dmu_parts = torch.empty(B * blocks, dtype=compute_dtype(z.dtype), device=z.device)
+    arguments = (dt, dkl_z.contiguous(), dkl_u.contiguous(), z, u, *noise, mu)
+    arguments += (dz, du, dmu_parts, C, S, *dt.stride(), *z.stride(), *u.stride())
+    options = {"GIVEN": noise.seed is None, "P": chosen.plan, "num_warps": chosen.warps}
+    launch(z, latents_backward_kernel, (B * blocks,), *arguments, **options)
+    return dz, du, dmu_parts.sum().reshape(mu.shape)
+
+
+def _choose(inputs: Inputs, window: Window, dt: Tensor) -> tuple[Choice, int]:
+    """Return the plan of the `whole` kernels, and how many programs a sequence takes."""
+    z, u, _, _ = inputs
+    _, S, _, C, D = z.shape
+    extents = [(S - 1) * x.stride(1) + (D - 1) * x.stride(-1) for x in (z, u, dt)]
+    wide = max(*extents, 2 * S * C * D) >= 2**31
+    chosen = choice(window.neighborhood, S, D, compute_dtype(z.dtype), window.eps, wide)
+    return chosen, ceiling(C, chosen.capsules)

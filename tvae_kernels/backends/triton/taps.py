@@ -1,4 +1,4 @@
-"""Triton kernels for every window that is not plain: one tap at a time, out of a table, from the caches.
+"""Kernels for windows out of a table, one tap at a time, from the caches: what they are, and launched.
 
 Weighted windows, cut and padded edges, capsules of several axes and roots, fractional shifts, several speeds, a `mu` of
 each position. Every program handles a tile of `BLOCK_S` frames by `BLOCK_D` positions of one capsule of one sequence.
@@ -11,9 +11,18 @@ gather all taps for each of its taps.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ...arguments import Inputs, Window, compute_dtype, has_own_weights
+from ...neighborhood import Neighborhood
+from ..tables import shape_of_r, table, weight_sums
+from .launch import ACCUMULATOR, ceiling, constants, launch
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,11 @@ def _position(d, offsets, entry, SIGN: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _factor(w, coefficients, weights, entry, P: tl.constexpr):
+def _factor(weights, coefficients, numbers, entry, P: tl.constexpr):
     """Weight and interpolation of a tap."""
     factor = tl.load(coefficients + entry)
     if P.WEIGHTED:
-        factor *= tl.load(w + tl.load(weights + entry))
+        factor *= tl.load(weights + tl.load(numbers + entry))
     return factor
 
 
@@ -114,7 +123,7 @@ def _quotient(x, y):
 
 @triton.jit
 def _window_sum(
-    u, w, l, d, times, weights, offsets, coefficients, S_U, stride_s, stride_d,
+    u, weights, l, d, times, numbers, offsets, coefficients, S_U, stride_s, stride_d,
     ROOT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """`v = Σ factor · u[tap]²` under one root, for every element of a tile."""
@@ -122,7 +131,7 @@ def _window_sum(
     for entry in range(_first(P, ROOT), _first(P, ROOT + 1)):
         row, row_inside = _moved(l, tl.load(times + entry), S_U, P.TIME_CIRCULAR)
         column, column_inside = _position(d, offsets, entry, 1, P)
-        factor = _factor(w, coefficients, weights, entry, P)
+        factor = _factor(weights, coefficients, numbers, entry, P)
         inside = row_inside & column_inside
         x = tl.load(u + row.to(tl.int64) * stride_s + column.to(tl.int64) * stride_d, mask=inside, other=0.0).to(P.ACC)
         v += factor * (x * x)
@@ -131,11 +140,11 @@ def _window_sum(
 
 @triton.jit
 def taps_forward_kernel(
-    z, u, mu, w, t, r, times, weights, offsets, coefficients, groups,
+    z, u, mu, weights, t, r, times, numbers, offsets, coefficients, groups,
     S, S_U, C, TILES_S, TILES_D,
     z_stride_b, z_stride_s, z_stride_c, z_stride_d,
     u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d, w_stride_c,
+    mu_stride_c, mu_stride_d, weights_stride_c,
     SAVE_R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """`t = (z - mu) / Σ_roots sqrt(v + EPS)`, one tile a program. Strides count elements; `t`, `r` are contiguous."""
@@ -154,11 +163,11 @@ def taps_forward_kernel(
     offsets += group * P.ENTRIES * 3
     coefficients += group * P.ENTRIES
     if P.WEIGHTED:
-        w += c * w_stride_c
+        weights += c * weights_stride_c
 
     denominator = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
     for root in tl.static_range(P.ROOTS):
-        v = _window_sum(u, w, l, d, times, weights, offsets, coefficients, S_U, u_stride_s, u_stride_d, root, P)
+        v = _window_sum(u, weights, l, d, times, numbers, offsets, coefficients, S_U, u_stride_s, u_stride_d, root, P)
         reciprocal = _reciprocal_root(v + P.EPS)
         if SAVE_R:
             tl.store(r + root * size + at, reciprocal, mask=inside)
@@ -196,12 +205,12 @@ def _g(
 
 @triton.jit
 def taps_backward_kernel(
-    dt, z, u, mu, w, r, dz, du, dmu_parts, dw_parts, times, weights, offsets, coefficients, groups,
+    dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, times, numbers, offsets, coefficients, groups,
     S, S_U, C, TILES_S, TILES_D,
     dt_stride_b, dt_stride_s, dt_stride_c, dt_stride_d,
     z_stride_b, z_stride_s, z_stride_c, z_stride_d,
     u_stride_b, u_stride_s, u_stride_c, u_stride_d,
-    mu_stride_c, mu_stride_d, w_stride_c,
+    mu_stride_c, mu_stride_d, weights_stride_c,
     P: tl.constexpr,
 ):  # fmt: skip
     """With `g = dt · (z - mu) · s² · r`: `dz = dt · s`, `du[n] = -u[n] · Σ_roots Σ_taps factor · g[n - tap]`.
@@ -224,7 +233,7 @@ def taps_backward_kernel(
     offsets += group * P.ENTRIES * 3
     coefficients += group * P.ENTRIES
     if P.WEIGHTED:
-        w += c * w_stride_c
+        weights += c * weights_stride_c
 
     gathered = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
     for root in tl.static_range(P.ROOTS):
@@ -236,7 +245,7 @@ def taps_backward_kernel(
                 dt, z, mu, r, row, column, size, C, tap,
                 dt_stride_s, dt_stride_d, z_stride_s, z_stride_d, mu_stride_d, root, P,
             )  # fmt: skip
-            gathered += _factor(w, coefficients, weights, entry, P) * g
+            gathered += _factor(weights, coefficients, numbers, entry, P) * g
     at = l.to(tl.int64) * u_stride_s + d.to(tl.int64) * u_stride_d
     u_here = tl.load(u + at, mask=(l < S_U) & (d < D_U), other=0.0).to(P.ACC)
     du_at = ((b * S_U + l.to(tl.int64)) * C + c) * D_U + d
@@ -267,3 +276,136 @@ def taps_backward_kernel(
                 u_at = row_tap.to(tl.int64) * u_stride_s + column_tap.to(tl.int64) * u_stride_d
                 x = tl.load(u + u_at, mask=tap, other=0.0).to(P.ACC)
                 tl.store(dw_parts + entry, tl.load(coefficients + entry) * tl.sum(g * x * x))
+
+
+# --- launches, also of the kernels in `fourier` -----------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """What the kernels are given beside the tensors of a call."""
+
+    kernels: tuple  # forward and backward
+    options: dict  # what they are compiled for
+    arguments: tuple  # tables and sizes
+    tiles_s: int
+    tiles: int  # of a capsule, one program each
+    by_weight: Tensor  # which of the gradients that the backward pass leaves add up to that of each weight
+    parts: int  # number of these gradients
+
+
+class Sizes(NamedTuple):
+    """Of the axes of `z`, and of those of `u` that may be longer."""
+
+    S: int
+    S_U: int
+    C: int
+    D: int
+    D_U: int
+
+    @classmethod
+    def from_inputs(cls, inputs: Inputs) -> "Sizes":
+        """All but the batch's."""
+        _, S, C, D = inputs.z.shape
+        _, S_U, _, D_U = inputs.u.shape
+        return cls(S, S_U, C, D, D_U)
+
+
+def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `t`, and if it is asked for what `tables.shape_of_r` describes."""
+    return launch_forward(_prepared_for(inputs, window), inputs, window, save_r)
+
+
+def backward(inputs: Inputs, window: Window, r: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return `dz`, `du`, `dmu` of the shape of `mu` and `dw` (None without weights), from what `forward` returned."""
+    return launch_backward(_prepared_for(inputs, window), inputs, window, r, dt)
+
+
+def launch_forward(prepared: Prepared, inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `forward` by the kernels that are prepared."""
+    (z, u, mu, weights), n = inputs, window.neighborhood
+    B, _, C, _ = z.shape
+    t = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    r = torch.empty(shape_of_r(z, n), dtype=compute_dtype(z.dtype), device=z.device) if save_r else None
+    arguments = (z, u, mu, weights, t, r, *prepared.arguments, *z.stride(), *u.stride())
+    arguments += (*_mu_strides(inputs), _weight_stride(weights, n))
+    grid = (B * C * prepared.tiles,)
+    launch(z, prepared.kernels[0], grid, *arguments, SAVE_R=save_r, **prepared.options)
+    return t, r
+
+
+def launch_backward(
+    prepared: Prepared, inputs: Inputs, window: Window, r: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return `backward` by the kernels that are prepared."""
+    z, u, mu, weights = inputs
+    B, _, C, D = z.shape
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    dmu_parts = torch.empty((B, prepared.tiles_s, C, D), dtype=compute_dtype(z.dtype), device=z.device)
+    dw_parts = None if weights is None else weights.new_empty((B, C, prepared.tiles, prepared.parts))
+    weight_stride = _weight_stride(weights, window.neighborhood)
+    arguments = (dt, z, u, mu, weights, r, dz, du, dmu_parts, dw_parts, *prepared.arguments)
+    arguments += (*dt.stride(), *z.stride(), *u.stride(), *_mu_strides(inputs), weight_stride)
+    launch(z, prepared.kernels[1], (B * C * prepared.tiles,), *arguments, **prepared.options)
+    dw = None
+    if weights is not None:
+        parts = dw_parts.sum((0, 2) if weight_stride else (0, 1, 2))
+        dw = weight_sums(parts, prepared.by_weight, weights.shape)
+    return dz, du, dmu_parts.sum_to_size(mu.shape), dw
+
+
+def _prepared_for(inputs: Inputs, window: Window) -> Prepared:
+    z = inputs.z
+    return _prepared(window, Sizes.from_inputs(inputs), inputs.weights is not None, z.dtype, z.device)
+
+
+@lru_cache(maxsize=256)
+def _prepared(window: Window, sizes: Sizes, weighted: bool, dtype: torch.dtype, device: torch.device) -> Prepared:
+    n, (S, S_U, C, D, D_U) = window.neighborhood, sizes
+    entries = table(n, C, D, compute_dtype(dtype), device)
+    block_d = min(triton.next_power_of_2(max(D, D_U, 1)), 64)
+    block_s = min(triton.next_power_of_2(max(S, S_U, 1)), 1024 // block_d)
+    tiles_s, tiles_d = ceiling(max(S, S_U), block_s), ceiling(max(D, D_U), block_d)
+    fields = {
+        "ENTRIES": entries.roots[-1],
+        "ROOTS": n.root_count,
+        "END_0": entries.roots[1],
+        "END_1": entries.roots[min(2, n.root_count)],
+        "AXES": len(n.lengths(D)),
+        "CAPSULE_CIRCULAR": n.capsule_boundary == "circular",
+        **{f"Z{axis}": length for axis, length in enumerate(entries.lengths)},
+        **{f"U{axis}": length for axis, length in enumerate(entries.padded)},
+        **common_fields(window, weighted, dtype, block_s, block_d),
+    }
+    tables = (entries.times, entries.numbers, entries.offsets, entries.coefficients, entries.groups)
+    return Prepared(
+        (taps_forward_kernel, taps_backward_kernel),
+        {"P": constants(Taps, fields), "num_warps": 4},
+        (*tables, S, S_U, C, tiles_s, tiles_d),
+        tiles_s,
+        tiles_s * tiles_d,
+        entries.by_weight,
+        len(entries.times),
+    )
+
+
+def common_fields(window: Window, weighted: bool, dtype: torch.dtype, block_s: int, block_d: int) -> dict:
+    """Return the fields that both pairs of kernels are compiled for."""
+    return {
+        "TIME_CIRCULAR": window.neighborhood.time_boundary == "circular",
+        "WEIGHTED": weighted,
+        "EPS": window.eps,
+        "ACC": ACCUMULATOR[compute_dtype(dtype)],
+        "BLOCK_S": block_s,
+        "BLOCK_D": block_d,
+    }
+
+
+def _weight_stride(weights: Tensor | None, neighborhood: Neighborhood) -> int:
+    """Between the weights of one capsule and the next; 0 where all capsules share them."""
+    return weights.stride(0) if has_own_weights(weights, neighborhood) else 0
+
+
+def _mu_strides(inputs: Inputs) -> tuple[int, int]:
+    """Of `mu` along the capsules and their positions."""
+    return inputs.mu.expand(inputs.z.shape[2:]).stride()
