@@ -486,3 +486,9 @@ def test_torchrun_is_for_training_alone(monkeypatch, capsys):
         monkeypatch.setenv(name, str(value))
     assert tvae("presets") == 2
     assert error(capsys) == "torchrun is for `tvae train` alone; run `tvae presets` without it"
+
+
+def test_without_a_word_more_the_quickstart_is_trained():
+    command = cli._parsed(["train"])
+    assert (command.preset, command.config) == ("quickstart", PRESETS["quickstart"].config)
+    assert command.run_dir == Path("runs/quickstart")

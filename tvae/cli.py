@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import math
 import re
 import sys
@@ -343,7 +344,7 @@ def _similar(name: str, known: Iterable[str]) -> str:
 
 def _option(name: str, arguments: list[str]) -> str | None:
     """Return the value of an option, "" where it is missing; None without the option."""
-    for word, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, value in itertools.pairwise([*arguments, ""]):
         if word == name:
             return value
         if word.startswith(f"{name}="):
