@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tvae_kernels import Neighborhood, TopographicLayer, backends, roll_capsules, topographic, topographic_split
 from tvae_kernels.neighborhood import read
 
+pytestmark = pytest.mark.slow
 NEIGHBORHOOD = Neighborhood(5, 3)
 SHAPE = (2, 6, 2, 6)
 
@@ -199,10 +200,24 @@ FILES = {
     "fourier": Neighborhood(3, 2, 0.5, roll="fourier"),
 }
 files = pytest.mark.parametrize("neighborhood", FILES.values(), ids=FILES)
+# Each file and each backend twice; the others are exhaustive.
+PAIRS = [
+    (("torch", "taps"), ("triton", "plain"), ("torch", "fourier"), ("triton", "taps")),
+    (("torch", "plain"), ("triton", "fourier")),
+]
+files_of_backends = pytest.mark.parametrize(
+    ("transformed_backend", "neighborhood"),
+    [
+        *((backend, FILES[file]) for backend, file in PAIRS[0]),
+        *(exhaustive(backend, FILES[file]) for backend, file in PAIRS[1]),
+    ],
+    ids=["-".join(pair) for pairs in PAIRS for pair in pairs],
+    indirect=["transformed_backend"],
+)
 
 
 @quiet
-@files
+@files_of_backends
 def test_compilers_are_told_what_results_are(transformed_backend, neighborhood):
     """Also of tensors that are not contiguous: shapes, types and strides."""
     z, u, dt = (normal(1, 4, 2, 4, seed=s).transpose(1, 3) for s in (1, 2, 3))
@@ -241,7 +256,7 @@ def test_tensors_without_memory_have_shapes(neighborhood):
 
 
 @quiet
-@files
+@files_of_backends
 def test_sizes_and_eps_may_be_variables(transformed_backend, neighborhood):
     torch._dynamo.reset()
     z, u = (normal(2, 4, 2, 4, seed=s) for s in (1, 2))
@@ -252,7 +267,16 @@ def test_sizes_and_eps_may_be_variables(transformed_backend, neighborhood):
 
 
 @quiet
-@pytest.mark.parametrize("roll", ["linear", "fourier"])
+@pytest.mark.parametrize(
+    ("transformed_backend", "roll"),
+    [
+        ("torch", "fourier"),
+        ("triton", "linear"),
+        exhaustive("torch", "linear"),
+        exhaustive("triton", "fourier"),
+    ],
+    indirect=["transformed_backend"],
+)
 def test_what_a_neighborhood_is_part_of_compiles(transformed_backend, roll):
     """Streams, split sequences, rolls and speeds, in one graph."""
     z, u = (normal(2, 4, 2, 4, seed=s) for s in (1, 2))

@@ -28,7 +28,7 @@ from tvae.data import SOURCES
 from tvae.presets import PRESETS
 from tvae.training import Run, train
 
-pytestmark = pytest.mark.xdist_group("kills")
+pytestmark = [pytest.mark.xdist_group("kills"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from tvae.paper.exhibits import EXHIBITS
 from tvae.presets import PRESETS
 from tvae.training import loop
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TOYS = ROOT / "tests/toys"
 REGISTRIES = {"model": MODELS, "source": SOURCES, "metric": METRICS, "exhibit": EXHIBITS, "preset": PRESETS}

@@ -146,7 +146,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_example_of_the_page_gives_what_the_whole_sequence_gives(tmp_path):
     page = (Path(__file__).parent.parent / "docs/training.md").read_text(encoding="utf-8")
     (tmp_path / "split.py").write_text(SEEDED + page.split("```python\n")[1].split("```")[0] + WHOLE)

@@ -25,7 +25,7 @@ from tvae.training import Run, RunError, train, untrained_model
 from tvae.training.processes import Launched
 from tvae_kernels import Neighborhood
 
-pytestmark = pytest.mark.xdist_group("torchrun")
+pytestmark = [pytest.mark.xdist_group("torchrun"), pytest.mark.slow]
 
 SMALL = Config(
     DataSettings(),

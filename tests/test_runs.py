@@ -16,6 +16,8 @@ from tvae.paper.exhibits import EXHIBITS
 from tvae.presets import PRESETS
 from tvae.training import Run, RunError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -50,6 +50,7 @@ def rounding(config):
     return 6 * math.sqrt(additions) * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 def test_compiled_steps_give_the_curve_of_eager_ones(tmp_path, monkeypatch):

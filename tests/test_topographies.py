@@ -508,7 +508,7 @@ def test_a_known_axis_is_the_denominator_alone(backend, device):
         layer(z, u, 2)
 
 
-@pytest.mark.parametrize("weighted", ["", exhaustive("shared"), "capsule"])
+@pytest.mark.parametrize("weighted", ["", exhaustive("shared"), exhaustive("capsule")])
 def test_each_sequence_may_roll_along_an_axis_of_its_own(backend, device, weighted):
     """A batch is what its sequences are one by one, in values and gradients."""
     neighborhood, dim = TOPOGRAPHIES["a root for each axis"]
