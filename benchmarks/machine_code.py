@@ -96,6 +96,7 @@ FORMS = (
     Form("capsules padded", (8, 18, 18, 18), Neighborhood(5, 3, time_boundary="padded", capsule_boundary="padded")),
     Form("shift of 1/2", (8, 18, 18, 9), Neighborhood(18, 3, 0.5), tuple(TYPES)),
     Form("phase shift", (8, 18, 18, 9), Neighborhood(18, 3, 0.5, roll="fourier"), tuple(TYPES)),
+    Form("phase shift, weighted", (8, 18, 18, 9), Neighborhood(18, 3, 0.5, roll="fourier"), weighted=True),
     Form("speeds", (8, 18, 18, 18), Neighborhood(18, 3, speeds=tuple(range(1, 19)))),
     Form("torus", (128, 1, 1, 324), Neighborhood(1, 5, axes=(18, 18)), tuple(TYPES)),
     Form("torus, 3 axes", (8, 18, 8, 125), Neighborhood(18, 3, axes=(5, 5, 5))),

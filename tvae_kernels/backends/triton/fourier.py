@@ -167,11 +167,11 @@ def fourier_backward_kernel(
         g = -0.5 * dz_here * ((z_here - mu_here) * r_here) * r_here
         dw_parts += tl.program_id(0).to(tl.int64) * P.W * P.K
         for i in range(P.W):
-            row, row_inside = _moved(l, P.FIRST_I + i, S_U, P.TIME_CIRCULAR)
-            x = _shifted(u, h + i * P.D, row, row_inside, d, u_stride_s, u_stride_d, P)
+            row_tap, tap_inside = _moved(l, P.FIRST_I + i, S_U, P.TIME_CIRCULAR)
+            x = _shifted(u, h + i * P.D, row_tap, tap_inside, d, u_stride_s, u_stride_d, P)
             for k in range(P.K):
                 energy = tl.gather(x * x, _around(d, P.FIRST_K + k, P), 1)
-                tl.store(dw_parts + i * P.K + k, tl.sum(tl.where(inside, g * energy, 0.0)))
+                tl.store(dw_parts + i * P.K + k, tl.sum(tl.where(inside & tap_inside, g * energy, 0.0)))
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
