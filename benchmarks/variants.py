@@ -59,8 +59,10 @@ class Convolution(GivenNoise):
         super().__init__(layer)
         self.convolve = convolve
 
-    def forward(self, z: Tensor, u: Tensor, axis: None = None) -> Tensor:
+    def forward(self, z: Tensor, u: Tensor, *arguments, **settings) -> Tensor | Latents:
         """See `peers.convolution`."""
+        if z.ndim == 5:
+            return self.sample(z, u, *arguments, **settings)
         return self.convolve(z, u, self.mu, self.neighborhood)
 
     def sample(self, z: Tensor, u: Tensor, noise: None = None, first=0, of=None, axis=None) -> Latents:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "tvae_kernels": (
         ("neighborhood",),
-        ("arguments", "roll"),
+        ("arguments",),
+        ("roll",),
         ("reference",),
         ("backends.tables", "backends.operators", "backends.triton.launch", "backends.triton.lanes"),
         ("backends.torch", "backends.torch.plain", "backends.torch.taps", "backends.torch.fourier"),

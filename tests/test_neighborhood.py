@@ -1,10 +1,13 @@
 import copy
 import dataclasses
+import math
 import pickle
 
+import numpy as np
 import pytest
 
 from tvae_kernels import Neighborhood
+from tvae_kernels.neighborhood import read
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,48 @@ def test_defaults_are_the_shifting_circular_single_tap():
     assert len({Neighborhood(), expected, Neighborhood(shift=0)}) == 2
 
 
+def test_numbers_of_numpy_are_numbers():
+    found = Neighborhood(
+        np.int64(5), np.array([2, 1]), np.array([1.0, 0.5]), axes=np.array([2, 3]), speeds=np.float32([1, 2])
+    )
+    expected = Neighborhood(5, (2, 1), (1, 0.5), axes=(2, 3), speeds=(1, 2))
+    assert found == expected
+    assert read(found.text) == expected
+    assert Neighborhood(capsule_window=np.int32(3), shift=np.float64(0.5)).text == Neighborhood(1, 3, 0.5).text
+    with pytest.raises(TypeError, match=r"axes must be an integer, got .*2\.5"):
+        Neighborhood(axes=np.array([2.5, 1.0]))
+
+
+def test_a_window_without_what_is_always_outside():
+    n = Neighborhood(10**7, time_boundary="zero")
+    assert n.within(4, 3).time_taps == range(-3, 4)
+    assert Neighborhood(10**7, causal=True, time_boundary="zero").within(4, 3).time_taps == range(-3, 1)
+    assert Neighborhood(8, time_boundary="zero").within(4, 3).time_taps == range(-3, 4)
+    cut = Neighborhood(3, 10**7, -2, capsule_boundary="zero")
+    assert cut.within(4, 3).capsule_taps == range(-4, 5)  # 2 positions, and 2 more a frame of either side
+    for whole in (n.within(4, 3), cut.within(4, 3), Neighborhood(3, 2), Neighborhood(7, 5, time_boundary="padded")):
+        assert whole.within(4, 3) is whole
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("roots", ["one", "each axis"])
+def test_padding_is_as_far_as_any_tap_reaches(causal, roots):
+    n = Neighborhood(
+        4,
+        (3, 2),
+        (0.3, -1),
+        causal,
+        "padded",
+        "padded",
+        axes=(3, 4),
+        roots=roots,
+        speeds=(1, -0.5),
+    )
+    offsets = list(zip(*(tap.offsets for speed in n.speeds for tap in n.taps(speed)), strict=True))
+    expected = tuple((-math.floor(min(x)), math.ceil(max(x))) for x in offsets)
+    assert n.padding() == ((-n.time_taps[0], n.time_taps[-1]), expected)
+
+
 def test_is_frozen_and_survives_copies():
     neighborhood = Neighborhood(18, 3, shift=-2, causal=True, capsule_boundary="zero")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -48,7 +93,11 @@ def test_is_frozen_and_survives_copies():
     [
         ({"time_window": 0}, ValueError, "time_window must be at least 1, got 0"),
         ({"capsule_window": -3}, ValueError, "capsule_window must be at least 1, got -3"),
-        ({"time_window": 2.0}, TypeError, "time_window must be an integer, got 2.0"),
+        (
+            {"time_window": 0.5},
+            TypeError,
+            "time_window must be an integer, got 0.5: of sequences of S frames the paper's L is a window of W = 2·L·S",
+        ),
         ({"capsule_window": True}, TypeError, "capsule_window must be an integer, got True"),
         ({"shift": "1"}, TypeError, "shift must be a number, got '1'"),
         ({"causal": 1}, TypeError, "causal must be True or False, got 1"),

@@ -52,10 +52,7 @@ def check(inputs: Inputs, window: Window) -> None:
     for name, x in (("z", z), ("u", u), ("mu", mu), ("weights", weights)):
         if (name == "mu" and isinstance(x, Real)) or (name == "weights" and x is None):
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        check_tensor(name, x)
         if x.device != z.device:
             raise ValueError(f"{name} is on {x.device}, but z is on {z.device}")
     if z.ndim != 4 or u.ndim != 4:
@@ -63,6 +60,42 @@ def check(inputs: Inputs, window: Window) -> None:
     if isinstance(mu, Tensor) and not _broadcasts(mu.shape, z.shape[2:]):
         raise ValueError(f"mu must broadcast to (capsule, dim) = {tuple(z.shape[2:])}, got {tuple(mu.shape)}")
     _check_window(z.shape, u.shape, weights, window)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Refuse what is no floating-point tensor.
+
+    Raises:
+        TypeError: naming what it is.
+
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def check_neighborhood(neighborhood: object) -> None:
+    """Refuse what is no neighbourhood.
+
+    Raises:
+        TypeError: naming what it is.
+
+    """
+    if not isinstance(neighborhood, Neighborhood):
+        raise TypeError(f"neighborhood must be a Neighborhood, got {type(neighborhood).__name__}")
+
+
+def check_eps(eps: object) -> None:
+    """Refuse what cannot be added to a sum of squares.
+
+    Raises:
+        ValueError: it is not a finite number of at least 0.
+
+    """
+    # compared, since a compiler may not know its value
+    if not (isinstance(eps, Real) and not isinstance(eps, bool) and 0 <= eps < math.inf):
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
@@ -73,10 +106,8 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
 
 def _check_window(z_shape: torch.Size, u_shape: torch.Size, weights: Tensor | None, window: Window) -> None:
     neighborhood, eps = window
-    if not isinstance(neighborhood, Neighborhood):
-        raise TypeError(f"neighborhood must be a Neighborhood, got {type(neighborhood).__name__}")
-    if not (isinstance(eps, Real) and 0 <= eps < math.inf):  # compared, since a compiler may not know its value
-        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
+    check_neighborhood(neighborhood)
+    check_eps(eps)
     neighborhood.check_fits(time=z_shape[1], dim=z_shape[3], capsules=z_shape[2])
     if u_shape != z_shape or not neighborhood.is_plain:
         expected = neighborhood.shape_of_u(tuple(z_shape))
@@ -95,6 +126,26 @@ def _check_window(z_shape: torch.Size, u_shape: torch.Size, weights: Tensor | No
 def has_own_weights(weights: Tensor | None, neighborhood: Neighborhood) -> bool:
     """Say whether each capsule has weights of its own, along a leading axis."""
     return weights is not None and weights.ndim > len(neighborhood.weights_shape)
+
+
+def within_reach(inputs: Inputs, window: Window) -> tuple[Inputs, Window]:
+    """Return the problem without the taps, and their weights, that are outside for all of its elements."""
+    n, weights = window.neighborhood, inputs.weights
+    shorter = n.within(inputs.z.shape[1], inputs.z.shape[3])
+    if shorter is n:
+        return inputs, window
+    if weights is not None:
+        time = weights.ndim - len(n.weights_shape)
+        weights = weights.narrow(time, shorter.time_taps[0] - n.time_taps[0], shorter.time_window)
+        windows = [x if n.is_multidimensional else (x,) for x in (n.capsule_window, shorter.capsule_window)]
+        kept = [((k - 1) // 2 - (m - 1) // 2, m) for k, m in zip(*windows, strict=True)]
+        if n.roots == "each axis":
+            columns = zip(weights.split(list(windows[0]), -1), kept, strict=True)
+            weights = torch.cat([x.narrow(-1, *middle) for x, middle in columns], -1)
+        else:
+            for axis, middle in enumerate(kept):
+                weights = weights.narrow(time + 1 + axis, *middle)
+    return inputs._replace(weights=weights), window._replace(neighborhood=shorter)
 
 
 # --- types ------------------------------------------------------------------------------------------------------------

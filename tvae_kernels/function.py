@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .arguments import Inputs, Window, check, promoted
+from .arguments import Inputs, Window, check, has_own_weights, promoted, within_reach
 from .backends import resolve_backend
 from .neighborhood import Neighborhood
 
@@ -26,6 +26,10 @@ def topographic(
         v[b,l,c,d] = Σ_{i,k} w[i,k] · u[b, l+i, c, d + shift·i + k]²
         t[b,l,c,d] = (z[b,l,c,d] - mu) / sqrt(v[b,l,c,d] + eps)
 
+    What no shape can tell, and so nothing refuses: the order of the axes, of which time is the second; a neighborhood
+    that is not given, with which every `u` stands alone and there is no topography; weights below 0, which may make a
+    root NaN. Learned ones are kept above 0 by `TopographicLayer`.
+
     Equivalent, for circular boundaries, to::
 
         v = sum(
@@ -44,9 +48,9 @@ def topographic(
         u: the same shape, and where a boundary is padded longer, as `neighborhood.shape_of_u(z.shape)` says; mixed
             types follow PyTorch's promotion.
         mu: a number, or a tensor that broadcasts to `(C, D)`.
-        neighborhood: the taps `(i, k)`, the shift and the boundaries.
+        neighborhood: the taps `(i, k)`, the shift and the boundaries; by default a single tap, no topography.
         weights: `(W, K)`, for other topographies `neighborhood.weights_shape`, or with a leading axis of C for each
-            capsule its own; non-negative (negative ones are not detected and may give NaN); None means ones.
+            capsule its own; at least 0; None means ones. A tap that an edge cuts off is left out, with its weight.
         eps: added inside the square root; 0 is legal and then `t` is not finite where `v` is 0.
         backend: "auto" is Triton for GPU tensors and "torch" elsewhere, unless the environment variable
             TVAE_KERNELS_BACKEND names another; "triton", "torch" or "reference" ask for one.
@@ -73,6 +77,8 @@ def topographic(
 def _topographic(inputs: Inputs, window: Window, backend: str) -> Tensor:
     """Return `topographic` of what has been checked."""
     backend = resolve_backend(backend, inputs.z.device)
+    if not torch.compiler.is_compiling():  # a compiler cannot make a neighbourhood
+        inputs, window = within_reach(inputs, window)
     inputs = promoted(inputs)
     if backend == "reference":
         return reference.topographic(inputs, window)
@@ -86,7 +92,7 @@ def _on_axis(axis: int | Tensor, inputs: Inputs, window: Window, backend: str) -
 
     The whole batch goes through the window of every axis, which takes as many taps as the sum over all does: for shapes
     that depend on values a GPU would have to be waited for, and no CUDA graph could hold them. Sequences that roll
-    along another axis count as ones there, for what their `u` gives need not be finite, nor 0 times it.
+    along another axis have a denominator of ones there, for what their own gives need not be finite, nor 0 times it.
     """
     z, u, mu, weights = inputs
     neighborhood, eps = window
@@ -95,16 +101,51 @@ def _on_axis(axis: int | Tensor, inputs: Inputs, window: Window, backend: str) -
         t = None
         for a in range(neighborhood.root_count):
             here = (axis == a)[:, None, None, None]
-            found = _on_axis(a, Inputs(z, u.where(here, 1), mu, weights), window, backend)
+            chosen = Inputs(z.where(here, 0), u.where(here, 1), mu, weights)
+            if weights is None or eps >= _LEAST_EPS:
+                found = _on_axis(a, chosen, window, backend)
+            else:  # weights of 0 may be all that a sequence has there
+                found = _with_weights_for_each(here, a, chosen, window, backend)
             t = found if t is None else found.where(here, t)
         return t
     alone = neighborhood.along(axis)
     if weights is not None:
         columns = weights.split(list(neighborhood.capsule_window), -1)[axis]
         weights = columns.reshape(*weights.shape[:-2], *alone.weights_shape)
-    inputs, window = Inputs(z, u, mu, weights), Window(alone, eps)
-    check(inputs, window)  # capsules that are padded are longer along this axis alone
-    return _topographic(inputs, window, backend)
+    inputs = Inputs(z, _known_around(u, axis, neighborhood), mu, weights)
+    return _topographic(inputs, Window(alone, eps), backend)
+
+
+_LEAST_EPS = 2.0**-126  # for which the root over nothing has an inverse in every type
+
+
+def _with_weights_for_each(here: Tensor, axis: int, inputs: Inputs, window: Window, backend: str) -> Tensor:
+    """Return `topographic` under the root of one axis, of which the weights are 1 in all sequences that are not here.
+
+    Sequences become capsules, for these may have weights of their own.
+    """
+    z, u, mu, weights = inputs
+    batch, _, capsules, _ = z.shape
+    if not has_own_weights(weights, window.neighborhood):
+        weights = weights.expand(capsules, *weights.shape)
+    weights = weights.where(here.reshape(batch, *(1,) * weights.ndim), 1).flatten(0, 1)
+    z, u = (x.transpose(0, 1).flatten(1, 2)[None] for x in (z, u))
+    if isinstance(mu, Tensor) and mu.ndim == 2:
+        mu = mu.expand(capsules, -1).repeat(batch, 1)
+    t = _on_axis(axis, Inputs(z, u, mu, weights), window, backend)  # of which the speeds take turns
+    return t[0].unflatten(1, (batch, capsules)).transpose(0, 1)
+
+
+def _known_around(u: Tensor, axis: int, neighborhood: Neighborhood) -> Tensor:
+    """Return the part of `u` that the window along one axis reaches: without the padding along the others."""
+    if neighborhood.capsule_boundary != "padded":
+        return u
+    _, padding = neighborhood.padding()
+    u = u.unflatten(3, [n + sum(x) for n, x in zip(neighborhood.axes, padding, strict=True)])
+    for other, (length, (before, _)) in enumerate(zip(neighborhood.axes, padding, strict=True)):
+        if other != axis:
+            u = u.narrow(3 + other, before, length)
+    return u.flatten(3)
 
 
 def _check_axes(axis: Tensor, z: Tensor, neighborhood: Neighborhood) -> None:
@@ -121,7 +162,12 @@ def _check_axes(axis: Tensor, z: Tensor, neighborhood: Neighborhood) -> None:
 
 def _transformed() -> bool:
     """Say whether a program transformation runs: one of torch.compile, torch.export or torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or under_torch_func()
+
+
+def under_torch_func() -> bool:
+    """Say whether tensors may be those of torch.func, which kernels cannot read."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class TopographicFunction(torch.autograd.Function):

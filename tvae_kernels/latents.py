@@ -7,15 +7,16 @@ are ever in memory; elsewhere the same is composed of PyTorch operations and `to
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
-from .arguments import Inputs, Noise, Window, check, compute_dtype, mu_in_type, under_autocast
+from .arguments import Inputs, Noise, Window, check, check_tensor, compute_dtype, mu_in_type, under_autocast
 from .backends import resolve_backend
-from .function import topographic
+from .function import topographic, under_torch_func
 from .neighborhood import Neighborhood
 
 
@@ -57,7 +58,7 @@ def topographic_latents(
         z: means and log-variances, `(batch B, time S, 2, capsule C, dim D)`, floating point.
         u: the same, with the frames and positions that `neighborhood.shape_of_u` says.
         mu: as in `topographic`.
-        neighborhood: as in `topographic`.
+        neighborhood: as in `topographic`, also that without one there is no topography.
         weights: as in `topographic`.
         eps: as in `topographic`.
         backend: as in `topographic`.
@@ -68,7 +69,7 @@ def topographic_latents(
         axis: as in `topographic`.
 
     Raises:
-        TypeError: as `topographic`.
+        TypeError: as `topographic`; or the noise is not two tensors, or `first` or `of` no integer.
         ValueError: as `topographic`; or `z`, `u` or the noise has another shape, or the sequences are not in the batch.
         BackendUnavailableError: as `topographic`.
 
@@ -79,9 +80,19 @@ def topographic_latents(
     one_z, one_u = (x.select(2, 0) if isinstance(x, Tensor) else x for x in (z, u))
     check(Inputs(one_z, one_u, mu, weights), Window(neighborhood, eps))
     window = Window(neighborhood, float(eps))
+    for name, x in (("first", first), ("of", 0 if of is None else of)):
+        if not isinstance(x, (Integral, torch.SymInt)) or isinstance(x, bool):
+            raise TypeError(f"{name} must be an integer, got {x!r}")
     of = len(z) if of is None else of
     if not 0 <= first <= of - len(z):
         raise ValueError(f"{len(z)} sequences from number {first} on are not in a batch of {of}")
+    if noise is not None:
+        if not isinstance(noise, (tuple, list)) or len(noise) != 2:
+            raise TypeError(f"noise must be a tensor for z and one for u, got {type(noise).__name__}")
+        for name, x in zip(("the noise for z", "the noise for u"), noise, strict=True):
+            check_tensor(name, x)
+            if x.device != z.device:
+                raise ValueError(f"{name} is on {x.device}, but z is on {z.device}")
     if noise is not None and (noise[0].shape, noise[1].shape) != (one_z.shape, one_u.shape):
         shapes = f"{tuple(noise[0].shape)} and {tuple(noise[1].shape)}"
         raise ValueError(f"the noise must be {tuple(one_z.shape)} and {tuple(one_u.shape)}, got {shapes}")
@@ -105,7 +116,7 @@ def topographic_latents(
 
 def _fused(inputs: Inputs, window: Window, noise: Noise | None, backend: str) -> bool:
     """Say whether kernels do all of it: not under torch.func, nor where a gradient of the noise is wanted."""
-    if torch._C._are_functorch_transforms_active() or not backends.fuses_latents(backend, inputs, window):
+    if under_torch_func() or not backends.fuses_latents(backend, inputs, window):
         return False
     return noise is None or not (noise.for_z.requires_grad or noise.for_u.requires_grad)
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_eps, check_neighborhood, check_tensor
 from .backends import BACKENDS
 from .function import topographic
 from .latents import Latents, topographic_latents
-from .neighborhood import Neighborhood
+from .neighborhood import Neighborhood, checked_count, checked_number
 
 
 class TopographicLayer(nn.Module):
@@ -28,8 +29,9 @@ class TopographicLayer(nn.Module):
         weights_for_capsules: number of capsules C, if each shall have weights of its own.
 
     Raises:
-        TypeError: `neighborhood` is none.
-        ValueError: the backend's name is unknown, or weights for capsules are not to be learned.
+        TypeError: `neighborhood` is none, or a number is of another type.
+        ValueError: the backend's name is unknown, weights for capsules are not to be learned, or a number is out of
+            its range.
 
     """
 
@@ -43,16 +45,18 @@ class TopographicLayer(nn.Module):
         weights_for_capsules: int | None = None,
     ):
         super().__init__()
-        if not isinstance(neighborhood, Neighborhood):
-            raise TypeError(f"neighborhood must be a Neighborhood, got {type(neighborhood).__name__}")
+        check_neighborhood(neighborhood)
+        check_eps(eps)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-        if weights_for_capsules is not None and not learn_weights:
-            raise ValueError(f"weights for {weights_for_capsules} capsules need learn_weights")
+        if weights_for_capsules is not None:
+            if not learn_weights:
+                raise ValueError(f"weights for {weights_for_capsules} capsules need learn_weights")
+            weights_for_capsules = checked_count("weights_for_capsules", weights_for_capsules)
         self.neighborhood = neighborhood
         self.eps = eps
         self.backend = backend
-        self.mu = nn.Parameter(torch.tensor(float(mu_init)))
+        self.mu = nn.Parameter(torch.tensor(float(checked_number("mu_init", mu_init))))
         if learn_weights:
             leading = () if weights_for_capsules is None else (weights_for_capsules,)
             one = math.log(math.expm1(1.0))  # where softplus is 1
@@ -65,11 +69,27 @@ class TopographicLayer(nn.Module):
         """Return `softplus(raw_weights)`, of `neighborhood.weights_shape` or with C before it; None without."""
         return None if self.raw_weights is None else F.softplus(self.raw_weights)
 
-    def forward(self, z: Tensor, u: Tensor, axis: int | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        u: Tensor,
+        axis: int | Tensor | None = None,
+        noise: tuple[Tensor, Tensor] | None = None,
+        first: int = 0,
+        of: int | None = None,
+    ) -> Tensor | Latents:
         """Map `z`, `(batch, time, capsule, dim)`, and `u`, of `neighborhood.shape_of_u(z.shape)`, to `t` like `z`.
 
+        From means and log-variances, `(batch, time, 2, capsule, dim)`, it is `sample`. A model calls the module itself,
+        so that hooks and wrappers of modules have their turn: `sample` and `step` called by name go past them.
+
         `axis` says along which axis the sequences are known to roll, where every axis has a root: see `topographic`.
+        The other arguments are those of `sample`.
         """
+        if isinstance(z, Tensor) and z.ndim == 5:
+            return self.sample(z, u, noise, first, of, axis)
+        if noise is not None:
+            raise ValueError("noise is for means and log-variances, (batch, time, 2, capsule, dim)")
         return topographic(z, u, self.mu, self.neighborhood, self.weights, self.eps, self.backend, axis)
 
     def sample(
@@ -106,9 +126,15 @@ class TopographicLayer(nn.Module):
             `t` of the shape of `z`, and the state: the last `W - 1` frames of `u`.
 
         Raises:
+            TypeError: an argument is no floating-point tensor.
             ValueError: the window is not causal, or time is a circle, or the state has another shape.
 
         """
+        for name, x in (("z", z), ("u", u), ("state", state)):
+            if name != "state" or x is not None:
+                check_tensor(name, x)
+        if z.ndim != 4 or u.ndim != 4:
+            raise ValueError(f"z and u must be (batch, time, capsule, dim), got {tuple(z.shape)} and {tuple(u.shape)}")
         n = self.neighborhood
         if not n.causal or n.time_boundary == "circular":
             raise ValueError(f"a stream needs a causal window and a time that is no circle, got {n}")

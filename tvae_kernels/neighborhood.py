@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Integral, Real
@@ -50,7 +50,7 @@ class Neighborhood:
     and the denominator is the sum of their roots (Eq. 21).
 
     Args:
-        time_window: number of frames W in the window, the paper's 2L; at least 1.
+        time_window: number of frames W in the window; at least 1. The paper's L is a part of S frames: W = 2·L·S.
         capsule_window: number of neighbouring positions K in the window; at least 1. One for each axis, or one for all.
         shift: positions the window moves along the capsule per frame; any integer, or a fraction, which interpolates
             as `roll` says. One for each axis, or one for all.
@@ -83,7 +83,7 @@ class Neighborhood:
     roll: Roll = "linear"
 
     def __post_init__(self):
-        self._set("time_window", _integral("time_window", self.time_window))
+        self._set("time_window", checked_count("time_window", self.time_window))
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be True or False, got {self.causal!r}")
         for name, kind in (
@@ -96,13 +96,13 @@ class Neighborhood:
                 choices = " or ".join(f'"{choice}"' for choice in get_args(kind))
                 raise ValueError(f"{name} must be {choices}, got {getattr(self, name)!r}")
         if self.axes is not None:
-            self._set("axes", tuple(_integral("axes", size) for size in _numbers("axes", self.axes)))
+            self._set("axes", tuple(checked_count("axes", size) for size in _numbers("axes", self.axes)))
             if not 1 <= len(self.axes) <= 3:
                 raise ValueError(f"axes must be 1 to 3 numbers, got {self.axes}")
-        self._set("capsule_window", self._for_each_axis("capsule_window", _integral))
-        self._set("shift", self._for_each_axis("shift", _real))
+        self._set("capsule_window", self._for_each_axis("capsule_window", checked_count))
+        self._set("shift", self._for_each_axis("shift", checked_number))
         if self.speeds is not None:
-            self._set("speeds", tuple(_real("speeds", speed) for speed in _numbers("speeds", self.speeds)))
+            self._set("speeds", tuple(checked_number("speeds", speed) for speed in _numbers("speeds", self.speeds)))
             if not self.speeds:
                 raise ValueError("speeds must have a number for each capsule, got none")
         if self.roots == "each axis" and not self.is_multidimensional:
@@ -120,7 +120,8 @@ class Neighborhood:
         self._set("_hash", hash(tuple(self._values().values())))
         roots = range(self.root_count if self.root_count > 1 else 0)
         self._set("_by_axis", tuple(self._of_axis(axis) for axis in roots))
-        self._set("_by_capsule", tuple(self._of_speed(speed) for speed in self.speeds or ()))
+        by_speed = {speed: self._of_speed(speed) for speed in set(self.speeds or ())}
+        self._set("_by_capsule", tuple(by_speed[speed] for speed in self.speeds or ()))
         is_open = self.time_boundary == "padded"
         self._set("_with_padded_time", self if is_open else replace(self, time_boundary="padded"))
 
@@ -143,7 +144,8 @@ class Neighborhood:
     def _for_each_axis(self, name: str, convert) -> object:
         """Return the field as one number, or for several axes as a tuple of as many."""
         value, count = getattr(self, name), len(self.axes or (0,))
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            value = tuple(value)
             values = tuple(convert(name, x) for x in value)
             if len(values) != count:
                 raise ValueError(f"{name} must be one number or {count}, one for each axis; got {value}")
@@ -205,8 +207,8 @@ class Neighborhood:
         return (dim,) if self.axes is None else self.axes
 
     def of_capsule(self, c: int) -> Neighborhood:
-        """Return the neighbourhood of one capsule, which has its own speed."""
-        return self if self.speeds is None else self._by_capsule[c]
+        """Return the neighbourhood of one capsule, which has its own speed; speeds take turns where there are fewer."""
+        return self if self.speeds is None else self._by_capsule[c % len(self.speeds)]
 
     def _of_speed(self, speed: float) -> Neighborhood:
         shift = self.shift if self.is_multidimensional else (self.shift,)
@@ -220,7 +222,7 @@ class Neighborhood:
             ValueError: there is no such axis, or no root for each.
 
         """
-        if not isinstance(axis, Integral) or not 0 <= axis < len(self._by_axis):
+        if not isinstance(axis, Integral) or isinstance(axis, bool) or not 0 <= axis < len(self._by_axis):
             raise ValueError(f"axis must be one of those that have a root each, got {axis!r} for {self}")
         return self._by_axis[axis]
 
@@ -260,11 +262,31 @@ class Neighborhood:
         if self.time_boundary == "padded":
             time = -self.time_taps[0], self.time_taps[-1]
         if self.capsule_boundary == "padded":
-            offsets = [tap.offsets for speed in set(self.speeds or (1,)) for tap in self.taps(speed)]
-            capsule = tuple(
-                (max(0, -math.floor(min(x))), max(0, math.ceil(max(x)))) for x in zip(*offsets, strict=True)
-            )
+            shift = self.shift if self.is_multidimensional else (self.shift,)
+            windows = self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+            capsule = tuple(self._reach(s, _centred(k)) for s, k in zip(shift, windows, strict=True))
         return time, capsule
+
+    def _reach(self, shift: float, window: range) -> tuple[int, int]:
+        """How many positions before a capsule, and after it, a window gets to along one axis, at its ends in time."""
+        ends = self.time_taps[0], self.time_taps[-1]
+        rolls = [round(shift * speed * i, 12) for speed in set(self.speeds or (1,)) for i in ends]
+        return -math.floor(min(rolls) + window[0]), math.ceil(max(rolls) + window[-1])
+
+    def within(self, steps: int, dim: int) -> Neighborhood:
+        """Return the window without taps that are outside for every element of capsules of `dim` positions.
+
+        It is centred as this one is: of its weights those in the middle are left, and where it is causal the last rows.
+        """
+        if self.time_boundary != "zero" and self.capsule_boundary != "zero":
+            return self
+        time, windows = self.time_window, self.capsule_window if self.is_multidimensional else (self.capsule_window,)
+        if self.time_boundary == "zero":
+            time = min(time, max(1, steps if self.causal else 2 * steps - 1))
+        lengths = self.lengths(dim)
+        if time == self.time_window and all(k < 2 * n for k, n in zip(windows, lengths, strict=True)):
+            return self
+        return _without_outside(self, time, lengths)
 
     def shape_of_u(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Return the shape of `u` for a `z` of shape `(B, S, C, D)`: the same but where a boundary is padded."""
@@ -304,6 +326,18 @@ class Neighborhood:
 
 
 @lru_cache(maxsize=1024)
+def _without_outside(n: Neighborhood, time_window: int, lengths: tuple[int, ...]) -> Neighborhood:
+    shorter = replace(n, time_window=time_window)
+    windows = n.capsule_window if n.is_multidimensional else (n.capsule_window,)
+    if n.capsule_boundary == "zero":
+        shift = n.shift if n.is_multidimensional else (n.shift,)
+        reach = [size - 1 + max(shorter._reach(s, range(1))) for size, s in zip(lengths, shift, strict=True)]
+        windows = tuple(min(k, 2 * most + 1) for k, most in zip(windows, reach, strict=True))
+    shorter = replace(shorter, capsule_window=windows if n.is_multidimensional else windows[0])
+    return n if shorter == n else shorter
+
+
+@lru_cache(maxsize=1024)
 def read(text: str) -> Neighborhood:
     """Return the neighbourhood of its `text`, parsed once: the text stands for it where operators take no objects."""
     return Neighborhood(**json.loads(text))
@@ -325,25 +359,39 @@ def _centred(window: int) -> range:
 
 
 def _numbers(name: str, value: object) -> tuple:
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, Iterable) or isinstance(value, str):
         raise TypeError(f"{name} must be a tuple of numbers, got {value!r}")
     return tuple(value)
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        hint = ": of sequences of S frames the paper's L is a window of W = 2·L·S" if name == "time_window" else ""
+        raise TypeError(f"{name} must be an integer, got {value!r}{hint}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _integral(name: str, value: object) -> int:
+def checked_count(name: str, value: object) -> int:
+    """Return an integer of at least 1.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is less.
+
+    """
     _check_integer(name, value, 1)
     return int(value)
 
 
-def _real(name: str, value: object) -> int | float:
-    """As an int where it is whole, so that equal neighbourhoods are equal."""
+def checked_number(name: str, value: object) -> int | float:
+    """Return a number that is finite, as an int where it is whole, so that equal neighbourhoods are equal.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is not finite.
+
+    """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):

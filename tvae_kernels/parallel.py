@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arguments import Inputs, Window, check
+from .arguments import Inputs, Window, check, check_neighborhood, check_tensor
 from .function import topographic
 from .neighborhood import Neighborhood
 
@@ -42,7 +42,7 @@ def topographic_split(
         z: the frames of this process, `(batch, time, capsule, dim)`; parts may differ in length.
         u: the same but where the capsules are padded.
         mu: as in `topographic`, and alike in all processes, as are the following.
-        neighborhood: with circular or zero time.
+        neighborhood: with circular or zero time; without one there is no topography.
         weights: as in `topographic`.
         eps: as in `topographic`.
         backend: as in `topographic`.
@@ -79,9 +79,14 @@ def exchange_halo(u: Tensor, neighborhood: Neighborhood, group: dist.ProcessGrou
         `(batch, before + time + after, ...)`.
 
     Raises:
+        TypeError: `u` is no floating-point tensor, or `neighborhood` none.
         ValueError: the window is longer than the part of this process, or time is padded.
 
     """
+    check_tensor("u", u)
+    check_neighborhood(neighborhood)
+    if u.ndim < 2:
+        raise ValueError(f"u must be (batch, time, ...), got {tuple(u.shape)}")
     if neighborhood.time_boundary == "padded":
         raise ValueError('time_boundary must be "circular" or "zero" for a sequence that is split, got "padded"')
     if neighborhood.time_window > u.shape[1]:

@@ -46,11 +46,22 @@ def window_sum(x: Tensor, neighborhood: Neighborhood, weights: Tensor | None = N
     """
     sign = -1 if adjoint else 1
     total = torch.zeros_like(x)
+    everywhere = x.new_ones((1, x.shape[1], 1, x.shape[3]))
     for row, i in enumerate(neighborhood.time_taps):
         for column, k in enumerate(neighborhood.capsule_taps):
-            tap = shifted(x, sign * i, sign * (neighborhood.shift * i + k), neighborhood)
-            total = total + (tap if weights is None else weights[row, column] * tap)
+            offsets = sign * i, sign * (neighborhood.shift * i + k), neighborhood
+            tap = shifted(x, *offsets)
+            if weights is not None:
+                tap = weights[row, column] * tap
+                if _is_cut(neighborhood):
+                    tap = tap.where(shifted(everywhere, *offsets) > 0, 0)
+            total = total + tap
     return total
+
+
+def _is_cut(neighborhood: Neighborhood) -> bool:
+    """Say whether an edge cuts taps off: they are left out, for 0 times what is not finite is not 0."""
+    return "zero" in (neighborhood.time_boundary, neighborhood.capsule_boundary)
 
 
 def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = None, padding=None) -> Tensor:
@@ -82,26 +93,35 @@ def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = 
         return torch.cat(capsules, 3)
 
     sums = [0] * neighborhood.root_count
-    for tap, x in _values(u, neighborhood, padding):
-        sums[tap.root] = sums[tap.root] + (x if weights is None else weights.flatten()[tap.number] * x)
+    for tap, x, inside in _values(u, neighborhood, padding):
+        if weights is not None:
+            x = weights.flatten()[tap.number] * x
+            x = x if inside is None else x.where(inside, 0)
+        sums[tap.root] = sums[tap.root] + x
     return torch.stack(sums)
 
 
-def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tuple[Tap, Tensor]]:
-    """Every tap of capsules of one speed, and what it adds to each element of `v`, `(B, S, C, D)`."""
+def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tuple[Tap, Tensor, Tensor | None]]:
+    """Every tap of capsules of one speed, what it adds to each element of `v`, `(B, S, C, D)`, and where it is any.
+
+    Where it is any is None for everywhere.
+    """
     (first, last), capsule = padding or neighborhood.padding()
     if neighborhood.axes is not None:
         u = u.unflatten(3, [n + before + after for n, (before, after) in zip(neighborhood.axes, capsule, strict=True)])
     lengths = tuple(n - before - after for n, (before, after) in zip(u.shape[3:], capsule, strict=True))
     steps = u.shape[1] - first - last
     source = u if neighborhood.by_phase else u.square()
+    everywhere = u.new_ones((1, u.shape[1], 1, *u.shape[3:]))
     for tap in neighborhood.taps():
-        x = moved(source, 1, tap.time, neighborhood.time_boundary, first, steps)
+        x, inside = (moved(y, 1, tap.time, neighborhood.time_boundary, first, steps) for y in (source, everywhere))
         if neighborhood.by_phase:
             x = interpolated(phase_shifted(x, tap.roll[0]).square(), tap.window, "circular")
         else:
-            x = interpolated(x, tap.offsets, neighborhood.capsule_boundary, capsule, lengths)
-        yield tap, x.flatten(3)
+            x, inside = (
+                interpolated(y, tap.offsets, neighborhood.capsule_boundary, capsule, lengths) for y in (x, inside)
+            )
+        yield tap, x.flatten(3), inside.flatten(3) > 0 if _is_cut(neighborhood) else None
 
 
 def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: torch.Size, padding=None) -> Tensor:
@@ -125,7 +145,10 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
         ]
         return torch.stack(capsules) if own_weights else sum(capsules)
     summed = (0, 1, 3) if own_weights else (0, 1, 2, 3)
-    parts = {tap.number: (g[tap.root] * x).sum(summed) for tap, x in _values(u, neighborhood, padding)}
+    parts = {}
+    for tap, x, inside in _values(u, neighborhood, padding):
+        product = g[tap.root] * x
+        parts[tap.number] = (product if inside is None else product.where(inside, 0)).sum(summed)
     return torch.stack([parts[number] for number in range(len(parts))], -1).reshape(shape)
 
 

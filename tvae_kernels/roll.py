@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .neighborhood import Neighborhood, corners
+from .arguments import check_neighborhood, check_tensor
+from .neighborhood import Neighborhood, checked_number, corners
 
 
 def moved(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, length: int | None = None) -> Tensor:
@@ -64,12 +65,31 @@ def phase_shifted(x: Tensor, offset: float) -> Tensor:
     For an odd number of values the map is orthogonal. For an even number the highest frequency has no phase to shift,
     and shrinks by `cos(π·offset)`; whole offsets are exact rolls either way.
     """
+    dim = x.shape[-1]
+    if x.numel() == 0:  # which transforms refuse
+        return x.clone()
+    offset = math.remainder(offset, dim)  # around the circle, exactly
     if offset == int(offset):
-        return torch.roll(x, -int(offset) % x.shape[-1], -1)
-    frequencies = torch.arange(x.shape[-1] // 2 + 1, device=x.device, dtype=x.dtype)
-    angle = frequencies * (2 * math.pi * offset / x.shape[-1])
+        return torch.roll(x, -int(offset) % dim, -1)
+    wide = x if x.dtype == torch.float64 else x.float()  # transforms know no narrower types
     # irfft drops the imaginary part of the highest frequency, which leaves its cosine
-    return torch.fft.irfft(torch.fft.rfft(x) * torch.polar(torch.ones_like(angle), angle), n=x.shape[-1])
+    phases = torch.complex(*phase_of_each_frequency(offset, dim, wide))
+    return torch.fft.irfft(torch.fft.rfft(wide) * phases, n=dim).to(x.dtype)
+
+
+def phase_of_each_frequency(offset: float | Tensor, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of `2π · f · offset / dim` for `f = 0 … dim // 2`, in the type of a tensor.
+
+    Computed in the widest type, since the rounding error of an angle grows with its turns. Offsets may be a column.
+    """
+    frequencies = torch.arange(dim // 2 + 1, device=like.device, dtype=widest_type(like))
+    angle = frequencies * offset % dim * (2 * math.pi / dim)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def widest_type(x: Tensor) -> torch.dtype:
+    """Return float64, but where a device does not know it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int | None = None) -> Tensor:
@@ -89,9 +109,15 @@ def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int
         Of the shape of `t`.
 
     Raises:
+        TypeError: `t` is no floating-point tensor, `steps` no number, or `neighborhood` none.
         ValueError: the capsules do not fit the neighbourhood, or there is no such axis.
 
     """
+    check_tensor("t", t)
+    check_neighborhood(neighborhood)
+    if t.ndim < 2:
+        raise ValueError(f"t must be (..., capsule, dim), got {tuple(t.shape)}")
+    steps = checked_number("steps", steps)
     neighborhood.check_fits(time=neighborhood.time_window, dim=t.shape[-1], capsules=t.shape[-2])
     if axis is not None:
         neighborhood = neighborhood.along(axis)

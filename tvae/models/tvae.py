@@ -47,7 +47,7 @@ class TVAESettings(ModelSettings):
             ValueError: what does not fit what.
 
         """
-        if sum(1 for _ in self.neighborhood.taps()) == 1 and self.mu_init > _MOST_MU:
+        if math.prod(self.neighborhood.weights_shape) == 1 and self.mu_init > _MOST_MU:
             raise ValueError(
                 f"a window of a single u² cannot start from mu_init {self.mu_init:g}, for |u| is often near 0: "
                 f"take a larger window (--time-window, --capsule-window), or a mu_init of at most {_MOST_MU:g}"
@@ -157,7 +157,7 @@ class TVAE(SequenceModel):
         """Return `t` at a sample of the posterior, and the divergences of `z` and `u`; on a GPU in one kernel."""
         x = batch.images
         parameters = self.posterior_parameters(x)
-        found = self.topographic.sample(*parameters, first=batch.first, of=batch.total, axis=self.axis(batch))
+        found = self.topographic(*parameters, first=batch.first, of=batch.total, axis=self.axis(batch))
         return found.t, {"kl_z": found.kl_z, "kl_u": folded(found.kl_u, x.shape[1], self.frames_before)}
 
     def encode(self, batch: SequenceBatch, sample: bool = True) -> Capsules:

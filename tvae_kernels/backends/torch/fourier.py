@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...arguments import Inputs, Window, compute_dtype, has_own_weights
 from ...neighborhood import Neighborhood
-from ...roll import moved
+from ...roll import moved, phase_of_each_frequency, widest_type
 
 
 def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
@@ -30,8 +30,11 @@ def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tenso
     (before, _), _ = n.padding()
     columns = [0] * (1 if weights is None else n.capsule_window)  # Σ_i w[i,k] · x_i², by k where they differ
     for row, i in enumerate(n.time_taps):
-        energy = moved(shifts.shifted(row).square(), 1, i, n.time_boundary, before, z.shape[1])
-        columns = [x + _weighted(energy, weights, n, row, k) for k, x in enumerate(columns)]
+        energy = shifts.shifted(row).square()
+        weighted = [_weighted(energy, weights, n, row, k) for k in range(len(columns))]  # before an edge cuts it off
+        columns = [
+            x + moved(y, 1, i, n.time_boundary, before, z.shape[1]) for x, y in zip(columns, weighted, strict=True)
+        ]
     v = _sum([torch.roll(columns[k % len(columns)], -offset, -1) for k, offset in enumerate(n.capsule_taps)])
     r = (v + eps).rsqrt()
     t = (z.to(dtype) - mu) * r
@@ -114,10 +117,9 @@ class _Shifts(NamedTuple):
 
     def _phases(self, row: int, sign: int) -> Tensor:
         """Return `exp(±2πi · f · offset / D)`, `(C or 1, D // 2 + 1)`; not by `conj`, whose flag operators may lose."""
-        offsets, dim = self.offsets[row], self.u.shape[-1]
-        frequencies = torch.arange(dim // 2 + 1, device=self.u.device, dtype=self.u.dtype)
-        angles = _column([2 * math.pi * x / dim for x in offsets], frequencies) * frequencies
-        return torch.complex(angles.cos(), sign * angles.sin())
+        offsets = _column(self.offsets[row], self.u, widest_type(self.u))
+        cos, sin = phase_of_each_frequency(offsets, self.u.shape[-1], self.u)
+        return torch.complex(cos, sign * sin)
 
     def shifted(self, row: int) -> Tensor:
         """Return `x_i`, of the shape of `u`."""
@@ -161,6 +163,6 @@ class _Shifts(NamedTuple):
         return x.gather(-1, index.expand(x.shape))
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
+def _column(values: list[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return `(C, 1)`, written on the device: a copy to it would wait for it, and no CUDA graph could capture it."""
-    return torch.stack([torch.full((1,), x, dtype=like.dtype, device=like.device) for x in values])
+    return torch.stack([torch.full((1,), x, dtype=dtype or like.dtype, device=like.device) for x in values])
