@@ -54,22 +54,30 @@ def _around(d, offset, P: tl.constexpr):
 
 
 @triton.jit
+def _times(factor, x):
+    """`factor · x`, and 0 for a factor of 0: a whole shift is a roll, which leaves what is not finite where it is."""
+    return tl.where(factor == 0.0, 0.0, factor * x)
+
+
+@triton.jit
 def _shifted(u, h, row, inside, d, stride_s, stride_d, P: tl.constexpr):
     """`Σ_m h[m] · u[row, d + m]`, 0 where there is no such frame."""
     total = tl.zeros((P.BLOCK_S, P.BLOCK_D), P.ACC)
     inside = inside & (d < P.D)
     for m in range(P.D):
         at = row.to(tl.int64) * stride_s + _around(d, m, P).to(tl.int64) * stride_d
-        total += tl.load(h + m) * tl.load(u + at, mask=inside, other=0.0).to(P.ACC)
+        total += _times(tl.load(h + m), tl.load(u + at, mask=inside, other=0.0).to(P.ACC))
     return total
 
 
 @triton.jit
-def _weight(weights, i, k, P: tl.constexpr):
+def _weighted(x, inside, weights, i, k, P: tl.constexpr):
+    """`w[i,k] · x`, and 0 where an edge cuts it off: a weight that is not finite, times 0, is not 0."""
     if P.WEIGHTED:
-        return tl.load(weights + i * P.K + k)
-    else:
-        return 1.0
+        x *= tl.load(weights + i * P.K + k)
+        if not P.TIME_CIRCULAR:
+            x = tl.where(inside, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -92,7 +100,7 @@ def fourier_forward_kernel(
         row, row_inside = _moved(l, P.FIRST_I + i, S_U, P.TIME_CIRCULAR)
         x = _shifted(u, h + i * P.D, row, row_inside, d, u_stride_s, u_stride_d, P)
         for k in range(P.K):
-            v += _weight(weights, i, k, P) * tl.gather(x * x, _around(d, P.FIRST_K + k, P), 1)
+            v += _weighted(tl.gather(x * x, _around(d, P.FIRST_K + k, P), 1), row_inside, weights, i, k, P)
     reciprocal = _reciprocal_root(v + P.EPS)
 
     inside = (l < S) & (d < P.D)
@@ -152,11 +160,11 @@ def fourier_backward_kernel(
             z_tap = tl.load(z + row * z_stride_s + column * z_stride_d, mask=tap, other=0.0).to(P.ACC)
             r_tap = tl.load(r + capsule + row * C * P.D + column, mask=tap, other=0.0)
             numerator = z_tap - tl.load(mu + column * mu_stride_d, mask=tap, other=0.0)
-            gathered += _weight(weights, i, k, P) * (dt_tap * r_tap * (numerator * r_tap) * r_tap)
+            gathered += _weighted(dt_tap * r_tap * (numerator * r_tap) * r_tap, row_inside, weights, i, k, P)
         x = _shifted(u, h + i * P.D, l, l < S_U, d, u_stride_s, u_stride_d, P)
         product = -x * gathered  # 2 · x · (-½ · gathered)
         for m in range(P.D):
-            du_here += tl.load(h + i * P.D + m) * tl.gather(product, _around(d, -m, P), 1)
+            du_here += _times(tl.load(h + i * P.D + m), tl.gather(product, _around(d, -m, P), 1))
     du_at = ((b * S_U + l.to(tl.int64)) * C + c) * P.D + d
     tl.store(du + du_at, du_here.to(du.dtype.element_ty), mask=(l < S_U) & (d < P.D))
 

@@ -104,6 +104,14 @@ def _factor(weights, coefficients, numbers, entry, P: tl.constexpr):
 
 
 @triton.jit
+def _inside(x, inside, P: tl.constexpr):
+    """`x`, and 0 where an edge cuts it off: a weight that is not finite, times 0, is not 0."""
+    if P.WEIGHTED and not (P.TIME_CIRCULAR and P.CAPSULE_CIRCULAR):
+        x = tl.where(inside, x, 0.0)
+    return x
+
+
+@triton.jit
 def _reciprocal_root(x):
     """`x^(-1/2)` by a correctly rounded root and a correctly rounded quotient: at most 1 ulp off."""
     if x.dtype == tl.float64:  # always correctly rounded; the _rn functions take float32 only
@@ -134,7 +142,7 @@ def _window_sum(
         factor = _factor(weights, coefficients, numbers, entry, P)
         inside = row_inside & column_inside
         x = tl.load(u + row.to(tl.int64) * stride_s + column.to(tl.int64) * stride_d, mask=inside, other=0.0).to(P.ACC)
-        v += factor * (x * x)
+        v += _inside(factor * (x * x), inside, P)
     return v
 
 
@@ -245,7 +253,7 @@ def taps_backward_kernel(
                 dt, z, mu, r, row, column, size, C, tap,
                 dt_stride_s, dt_stride_d, z_stride_s, z_stride_d, mu_stride_d, root, P,
             )  # fmt: skip
-            gathered += _factor(weights, coefficients, numbers, entry, P) * g
+            gathered += _inside(_factor(weights, coefficients, numbers, entry, P) * g, tap, P)
     at = l.to(tl.int64) * u_stride_s + d.to(tl.int64) * u_stride_d
     u_here = tl.load(u + at, mask=(l < S_U) & (d < D_U), other=0.0).to(P.ACC)
     du_at = ((b * S_U + l.to(tl.int64)) * C + c) * D_U + d
@@ -272,10 +280,10 @@ def taps_backward_kernel(
             for entry in range(_first(P, root), _first(P, root + 1)):
                 row_tap, row_inside = _moved(l, tl.load(times + entry), S_U, P.TIME_CIRCULAR)
                 column_tap, column_inside = _position(d, offsets, entry, 1, P)
-                tap = row_inside & column_inside & inside  # else 0 times an infinite u
+                tap = row_inside & column_inside & inside
                 u_at = row_tap.to(tl.int64) * u_stride_s + column_tap.to(tl.int64) * u_stride_d
                 x = tl.load(u + u_at, mask=tap, other=0.0).to(P.ACC)
-                tl.store(dw_parts + entry, tl.load(coefficients + entry) * tl.sum(g * x * x))
+                tl.store(dw_parts + entry, tl.load(coefficients + entry) * tl.sum(tl.where(tap, g * x * x, 0.0)))
 
 
 # --- launches, also of the kernels in `fourier` -----------------------------------------------------------------------
