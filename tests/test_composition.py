@@ -10,7 +10,15 @@ from numerics import exhaustive
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tvae_kernels import Neighborhood, TopographicLayer, backends, roll_capsules, topographic, topographic_split
+from tvae_kernels import (
+    Neighborhood,
+    TopographicLayer,
+    backends,
+    roll_capsules,
+    topographic,
+    topographic_latents,
+    topographic_split,
+)
 from tvae_kernels.neighborhood import read
 
 pytestmark = pytest.mark.slow
@@ -35,6 +43,11 @@ quiet = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Deprecat
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def transformed_backend(request):
+    return request.getfixturevalue("triton") if request.param == "triton" else request.param
+
+
+@pytest.fixture(scope="module", params=["reference", "torch", "triton"])
+def any_backend(request):
     return request.getfixturevalue("triton") if request.param == "triton" else request.param
 
 
@@ -307,6 +320,73 @@ def test_func_jacrev(transformed_backend, neighborhood, weighted):
     assert_equal_up_to_rounding(actual, expected)
 
 
+@pytest.mark.parametrize("neighborhood", [*FILES.values(), Neighborhood(3, 2, time_boundary="zero")], ids=repr)
+@pytest.mark.parametrize("weighted", ["", "capsule"])
+def test_a_vectorized_jacobian_is_the_looped_one(transformed_backend, neighborhood, weighted):
+    """Of what vmap sees of a backward pass: of every argument, and as `is_grads_batched` gives it."""
+    z, u = (normal(1, 4, 2, 4, seed=s).requires_grad_() for s in (1, 2))
+    mu = normal(2, 1, seed=5).requires_grad_()
+    weights = normal(2, 3, 2, seed=3).abs() if weighted else None
+    arguments = (z, u, mu) if weights is None else (z, u, mu, weights.requires_grad_())
+
+    def function(z, u, mu, weights=None):
+        return topographic(z, u, mu, neighborhood, weights, backend=transformed_backend).sum((0, 1, 2))
+
+    looped, vectorized = (torch.autograd.functional.jacobian(function, arguments, vectorize=v) for v in (False, True))
+    assert all(x.abs().sum() > 0 for x in looped)
+    for actual, expected in zip(vectorized, looped, strict=True):
+        assert_equal_up_to_rounding(actual, expected)
+    t = function(*arguments)
+    (batched,) = torch.autograd.grad(t, u, torch.eye(4, dtype=t.dtype), is_grads_batched=True)
+    assert_equal_up_to_rounding(batched, looped[1])
+
+
+def test_a_vectorized_jacobian_of_latents_is_the_looped_one(transformed_backend):
+    z, u = (normal(1, 4, 2, 2, 4, seed=s) for s in (1, 2))
+    noise = normal(1, 4, 2, 4, seed=3), normal(1, 4, 2, 4, seed=4)
+
+    def function(z, u):
+        t, kl_z, _ = topographic_latents(z, u, 0.3, FILES["plain"], backend=transformed_backend, noise=noise)
+        return t.sum((0, 1, 2)) + kl_z.sum()
+
+    looped, vectorized = (torch.autograd.functional.jacobian(function, (z, u), vectorize=v) for v in (False, True))
+    for actual, expected in zip(vectorized, looped, strict=True):
+        assert expected.abs().sum() > 0
+        assert_equal_up_to_rounding(actual, expected)
+
+
+@files
+@pytest.mark.parametrize("weighted", [False, True])
+def test_inputs_decide_where_and_in_which_type(any_backend, neighborhood, weighted):
+    """Not the default device, here one without memory, nor the default type; results, gradients and noise."""
+    device = torch.get_default_device()
+    z, u = (normal(1, 4, 2, 4, seed=s).float() for s in (1, 2))
+    weights = normal(3, 2, seed=3).float().abs() if weighted else None
+    parameters = torch.stack((z, u), 2)
+
+    def call():
+        leaves = [x.detach().requires_grad_() for x in (z, u)]
+        t = topographic(*leaves, 0.3, neighborhood, weights, backend=any_backend)
+        sampled = topographic_latents(parameters, parameters, 0.3, neighborhood, weights, backend=any_backend)
+        rolled = roll_capsules(z, 1, neighborhood)
+        return t, *torch.autograd.grad(t.sum(), leaves), rolled, *sampled
+
+    backends.tables.table.cache_clear()
+    backends.tables.phases.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            torch.manual_seed(0)
+            actual = call()
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    for x, y in zip(actual, call(), strict=True):
+        assert (x.device.type, x.dtype) == (device.type, torch.float32)
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("neighborhood", [FILES["plain"], *map(exhaustive, list(FILES.values())[1:])], ids=FILES)
 def test_an_exported_program_runs_where_the_package_was_imported(neighborhood, tmp_path):
     layer = TopographicLayer(neighborhood, 0.3, backend="torch")
@@ -318,6 +398,23 @@ def test_an_exported_program_runs_where_the_package_was_imported(neighborhood, t
         "z, u, expected = torch.load(sys.argv[1] + '/tensors.pt')\n"
         "t = torch.export.load(sys.argv[1] + '/layer.pt2').module()(z, u)\n"
         "torch.testing.assert_close(t, expected)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+
+
+@files
+def test_an_exported_reference_runs_without_the_package(neighborhood, tmp_path):
+    layer = TopographicLayer(neighborhood, 0.3, backend="reference")
+    z, u = (normal(*SHAPE, seed=s).float().cpu() for s in (1, 2))
+    torch.export.save(torch.export.export(layer.cpu(), (z, u)), tmp_path / "layer.pt2")
+    torch.save((z, u, layer(z, u).detach()), tmp_path / "tensors.pt")
+    code = (
+        "import sys, torch\n"
+        "z, u, expected = torch.load(sys.argv[1] + '/tensors.pt')\n"
+        "t = torch.export.load(sys.argv[1] + '/layer.pt2').module()(z, u)\n"
+        "torch.testing.assert_close(t, expected)\n"
+        "assert 'tvae_kernels' not in sys.modules\n"
     )
     process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr

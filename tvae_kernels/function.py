@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from . import backends, reference
 from .arguments import Inputs, Window, check, has_own_weights, promoted, within_reach
@@ -203,6 +206,12 @@ class TopographicFunction(torch.autograd.Function):
         inputs = Inputs(z, u, mu, weights)
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for: only the formula has one
             gradients = reference.topographic_backward(inputs, ctx.window, dt)
+        elif is_mapped(dt):
+
+            def call(z, u, mu, weights, r, dt):
+                return backends.backward(ctx.backend, Inputs(z, u, mu, weights), ctx.window, r, dt)
+
+            gradients = one_by_one(call, *inputs, r, dt)
         else:
             gradients = backends.backward(ctx.backend, inputs, ctx.window, r, dt)
         return *gradients, None, None, None
@@ -225,6 +234,60 @@ class TopographicFunction(torch.autograd.Function):
             calls = [TopographicFunction.apply(*tensors, *settings) for tensors in zip(z, u, *mapped, strict=True)]
             outputs = [None if xs[0] is None else torch.stack(xs) for xs in zip(*calls, strict=True)]
         return tuple(outputs), tuple(None if x is None else 0 for x in outputs)
+
+
+# --- vmap of a backward pass ------------------------------------------------------------------------------------------
+
+# `torch.autograd.functional.jacobian(vectorize=True)` and `is_grads_batched` map the engine over gradients by an
+# old vmap of its own, and `torch.vmap` may. No rule of a function is asked then, and nothing but the tensors tells it.
+
+
+def is_mapped(*tensors: Tensor | None) -> bool:
+    """Say whether vmap runs over any of the tensors, which kernels and operations in place do not know."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(x is not None and (_functorch.is_batchedtensor(x) or _by_the_old_vmap(x)) for x in tensors)
+
+
+def one_by_one(call: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Call with tensors over which vmap runs, once for each value."""
+    if not is_mapped(*tensors):
+        return call(*tensors)
+    level = max(_level(x) for x in tensors if is_mapped(x))
+    each = [_values(x) if is_mapped(x) and _level(x) == level else None for x in tensors]
+    count = len(next(x for x in each if x is not None))
+    calls = [
+        one_by_one(call, *(x if xs is None else xs[number] for x, xs in zip(tensors, each, strict=True)))
+        for number in range(count)
+    ]
+    old, number = level
+    wrapped = torch._add_batch_dim if old else _functorch._add_batch_dim
+    stacked = [None if xs[0] is None else torch.stack(xs) for xs in zip(*calls, strict=True)]
+    return tuple(None if x is None else wrapped(x, 0, number) for x in stacked)
+
+
+_BATCHED = torch._C._parse_dispatch_key("Batched")
+
+
+def _by_the_old_vmap(x: Tensor) -> bool:
+    return torch._C._dispatch_keys(x).has(_BATCHED)
+
+
+def _level(x: Tensor) -> tuple[bool, int]:
+    """Whether the old vmap runs over a tensor, and which of several: the innermost."""
+    if not _by_the_old_vmap(x):
+        return False, _functorch.maybe_get_level(x)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return True, level
+
+
+def _values(x: Tensor) -> tuple[Tensor, ...]:
+    """Return what vmap runs over."""
+    old, level = _level(x)
+    if old:
+        return torch._remove_batch_dim(x, level, 0, 0).unbind()
+    return _functorch.get_unwrapped(x).unbind(_functorch.maybe_get_bdim(x))
 
 
 # `Function.apply` binds the arguments to the signature of `forward` at every call, for torch.func, which takes longer

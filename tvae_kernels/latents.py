@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends, reference
 from .arguments import Inputs, Noise, Window, check, check_tensor, compute_dtype, mu_in_type, under_autocast
 from .backends import resolve_backend
-from .function import topographic, under_torch_func
+from .function import is_mapped, one_by_one, topographic, under_torch_func
 from .neighborhood import Neighborhood
 
 
@@ -161,6 +161,12 @@ class LatentsFunction(torch.autograd.Function):
         inputs, noise = Inputs(z, u, mu, None), Noise(*noise, first)
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
             gradients = _differentiable(inputs, window, noise, (dt, dkl_z, dkl_u))
+        elif is_mapped(dt, dkl_z, dkl_u):
+
+            def call(dt, dkl_z, dkl_u):
+                return backends.latents_backward(inputs, window, noise, dt, dkl_z, dkl_u)
+
+            gradients = one_by_one(call, dt, dkl_z, dkl_u)
         else:
             gradients = backends.latents_backward(inputs, window, noise, dt, dkl_z, dkl_u)
         return *gradients, None, None, None, None, None
