@@ -61,13 +61,17 @@ def table(rows: list[Row], title: str) -> Table:
         result.add_column(column, justify="right")
     result.add_column("unit")
     for row in rows:
-        result.add_row(Text(row.label), f"{row.value:,.{row.digits}f}", f"{row.chance:,.{row.digits}f}", row.unit)
+        numbers = (f"{x:,.{row.digits}f}" for x in (row.value, row.chance))
+        result.add_row(Text(row.label), *numbers, Text(row.note or row.unit))
     return result
 
 
 def save(rows: list[Row], sequences: int, path: Path) -> None:
     """Write the rows as JSON, which has null for NaN; at once or not at all."""
     metrics = [{_NAMES.get(name, name): None if x != x else x for name, x in row._asdict().items()} for row in rows]
+    for row in metrics:
+        if not row["note"]:
+            del row["note"]
     with replacing(path) as partial:
         partial.write_text(json.dumps({"sequences": sequences, "metrics": metrics}, indent=2) + "\n")
 
@@ -81,19 +85,37 @@ def load(path: Path) -> list[Row]:
     """
     try:
         return [_row(values) for values in json.loads(path.read_text())["metrics"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no evaluation: {error!r}") from error
 
 
+_MOST_DIGITS = 20
 _NAMES = {"label": "metric"}  # what a file calls a field of a row
 
 
 def _row(values: dict) -> Row:
-    numbers = {name: math.nan if values[name] is None else float(values[name]) for name in ("value", "chance")}
-    label, unit = values["metric"], values["unit"]
+    numbers = {name: math.nan if values[name] is None else _number(values[name]) for name in ("value", "chance")}
+    label, unit = _text(values["metric"]), _text(values["unit"])
     if "key" not in values:
         return Row(*_older_key(label), label, **numbers, unit=unit, digits=_OLDER_DIGITS.get(label.split()[0], 1))
-    return Row(values["key"], values["part"], label, **numbers, unit=unit, digits=values["digits"])
+    part, digits = values["part"], values["digits"]
+    if type(digits) is not int or not 0 <= digits <= _MOST_DIGITS:
+        raise ValueError(f"digits of {label} are {digits!r}")
+    part = None if part is None else _text(part)
+    key, note = _text(values["key"]), _text(values.get("note", ""))
+    return Row(key, part, label, **numbers, unit=unit, digits=digits, note=note)
+
+
+def _number(x: object) -> float:
+    if type(x) not in (int, float):
+        raise TypeError(f"{x!r} is no number")
+    return float(x)
+
+
+def _text(x: object) -> str:
+    if not isinstance(x, str):
+        raise TypeError(f"{x!r} is no text")
+    return x
 
 
 # Files of older versions know metrics by their labels alone.

@@ -25,6 +25,7 @@ class Row(NamedTuple):
     chance: float
     unit: str = ""
     digits: int = 1  # after the point, where it is printed
+    note: str = ""  # why it is NaN, for example
 
 
 class EvaluationMetric(Metric):
@@ -77,3 +78,8 @@ def register(metric: AnyMetric) -> AnyMetric:
 def private_generator(seed: int) -> torch.Generator:
     """Make a generator for the noise of a chance level, which disturbs no other."""
     return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw iid Gaussian activations on the CPU, in float32 whatever PyTorch's defaults are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,11 @@ from ..config import EvaluationSettings
 from ..data import SequenceBatch, SequenceSource
 from ..models import ELBO, SequenceModel
 from ..models.layers import Axis, Capsules
-from .base import EvaluationMetric, Row, private_generator
-from .equivariance import PLAIN, axes_of, of_axis
+from .base import EvaluationMetric, Row, noise, private_generator
+from .equivariance import PLAIN, axes_of, in_full, of_axis, scale_of
+
+T = TypeVar("T")
+_AT_ONCE = 64  # sequences of noise, to spare memory
 
 
 def observed_roll(
@@ -35,7 +40,7 @@ def observed_roll(
     is the one with the least mean squared difference over the positions that come from within the capsule. (That of the
     largest product where nothing comes from outside; elsewhere the product of more positions would win.)
     """
-    best = []
+    best, (first, t, weight) = [], _scaled(in_full(first), in_full(t), rolls)
     for a in axes_of(rolls):
         steps = _steps_of_a_round(rolls, a, t)
         if rolls.capsule_boundary == "circular":
@@ -45,11 +50,27 @@ def observed_roll(
             forward = [_closeness(first, t, m, rolls, a) for m in (0, *range(steps - 1, 0, -1))]
             match = torch.stack(forward, dim=-1)
         votes = F.one_hot(match.argmax(-1), steps).sum(-2).argmax(-1)
-        best.append((match.sum(2).gather(-1, votes[..., None]).squeeze(-1), votes))
+        best.append(((match * weight).sum(2).gather(-1, votes[..., None]).squeeze(-1), votes))
     scores, votes = (torch.stack(x) for x in zip(*best, strict=True))
     if axis is not None:
         return of_axis(votes, axis)
     return votes.gather(0, scores.argmax(0, keepdim=True)).squeeze(0)
+
+
+def _scaled(first: Tensor, t: Capsules, rolls: Neighborhood) -> tuple[Tensor, Capsules, Tensor]:
+    """Divide capsules by powers of two, so that no product is too large or small for a number.
+
+    Returns also with which weights (B, S, C, 1) their products add up as before, up to a factor for each frame.
+    """
+    if rolls.capsule_boundary == "circular":  # whose products are compared for each capsule of a frame
+        by_first, of_t = scale_of(first), scale_of(t)
+        exponent = by_first.double().log2().unsqueeze(1) + of_t.double().log2()
+    else:  # whose differences are
+        by_first = torch.maximum(scale_of(first), scale_of(t).amax(1))
+        of_t = by_first.unsqueeze(1)
+        exponent = 2 * of_t.double().log2()
+    relative = torch.exp2(exponent - exponent.amax(2, keepdim=True))
+    return first / by_first, t / of_t, relative.to(t.dtype)
 
 
 def _closeness(
@@ -87,23 +108,29 @@ def roll_since_canonical(
         ValueError: a sequence never passes its canonical pose.
 
     """
-    moving = factors.gather(2, transformation[:, None, None].expand(-1, factors.shape[1], 1)).squeeze(2)
-    canonical = moving == 0
-    if not canonical.any(1).all():
+    course = _course(factors, transformation)
+    if not (course == 0).any(1).all():
         raise ValueError("CapCorr needs sequences in which the transforming factor passes index 0")
-    true = moving[:, 0]
+    return _since_canonical(t, course, rolls, axis), course[:, 0]
+
+
+def _course(factors: Tensor, transformation: Tensor) -> Int[Tensor, "batch time"]:
+    """Return the indices that the transforming factor of each sequence runs through."""
+    return factors.gather(2, transformation[:, None, None].expand(-1, factors.shape[1], 1)).squeeze(2)
+
+
+def _since_canonical(t: Capsules, course: Tensor, rolls: Neighborhood, axis: Axis | None) -> Int[Tensor, " batch"]:
+    """Return the observed roll; of no meaning for a sequence that never passes its canonical pose."""
     observed = observed_roll(t[:, 0], t, rolls, axis)
-    distance = (
-        (observed - true[:, None]).abs().masked_fill(~canonical, observed.amax().item() + moving.amax().item() + 1)
-    )
-    nearest = distance.argmin(1, keepdim=True)
-    return observed.gather(1, nearest).squeeze(1), true
+    distance = (observed - course[:, :1]).abs().masked_fill(course != 0, torch.iinfo(observed.dtype).max)
+    return observed.gather(1, distance.argmin(1, keepdim=True)).squeeze(1)
 
 
 class CapCorr(EvaluationMetric):
     """Pearson correlation of observed and true roll over all sequences, by transformation (Eq. 17); 1 is perfect.
 
-    Chance: the same for iid Gaussian activations in place of the capsules, on the same sequences.
+    NaN where there is none; `reasons` says why. Chance: the same for iid Gaussian activations in place of the capsules,
+    on the same sequences: which these are decides it, not how they were divided into batches or among processes.
 
     Args:
         names: the names of the factors, in the order of the factor indices.
@@ -117,35 +144,52 @@ class CapCorr(EvaluationMetric):
     def __init__(self, names: Sequence[str], rolls: Neighborhood = PLAIN):
         super().__init__()
         self.names, self.rolls = tuple(names), rolls
-        for state in ("observed", "random", "true", "transformation"):
+        self.shape: tuple[int, ...] = ()
+        for state in ("observed", "known"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update(self, t: Capsules, factors: Tensor, transformation: Tensor, axis: Axis | None = None) -> None:
         """Add the sequences of a batch: capsules, the truth about their factors, and along which axis they roll."""
-        observed, true = roll_since_canonical(t, factors, transformation, self.rolls, axis)
-        noise = torch.randn(t.shape, generator=private_generator(len(self.true))).to(t.device)
-        random, _ = roll_since_canonical(noise, factors, transformation, self.rolls, axis)
-        for state, values in zip(
-            (self.observed, self.random, self.true, self.transformation),
-            (observed, random, true, transformation),
-            strict=True,
-        ):
-            state.append(values)
+        self.shape, course = tuple(t.shape[1:]), _course(factors, transformation)
+        observed = _since_canonical(t, course, self.rolls, axis).double()
+        self.observed.append(observed.masked_fill(~t.isfinite().flatten(1).all(1), math.nan))
+        axis = torch.full_like(transformation, -1) if axis is None else axis
+        self.known.append(torch.cat((transformation[:, None], axis[:, None], course), 1))
 
     def compute(self) -> dict[str, float]:
-        """Return the correlation for every transformation that occurred, by name; NaN where a roll never varied."""
-        return self._correlations(self.observed)
+        """Return the correlation for every transformation that occurred, by name; NaN where there is none."""
+        return self._of_each(_correlation)
+
+    def reasons(self) -> dict[str, str]:
+        """Say why there is no correlation, by the name of the transformation, where there is none."""
+        with self._all_processes():
+            return {name: reason for name, reason in self._of_each(_what_is_missing).items() if reason}
 
     def chance(self) -> dict[str, float]:
         """Return the correlation that random activations reach."""
-        return self._correlations(self.random)
+        with self._all_processes():
+            # In an order that does not depend on the one in which they came: equal ones may take each other's place.
+            rows, counts = dim_zero_cat(self.known).unique(dim=0, return_counts=True)
+            known, generator = rows.repeat_interleave(counts, 0), private_generator(0)
+            random = []
+            for part in known.split(_AT_ONCE):
+                axis = part[:, 1] if (part[:, 1] >= 0).all() else None
+                t = noise(len(part), *self.shape, generator=generator).to(part.device)
+                random.append(_since_canonical(t, part[:, 2:], self.rolls, axis).double())
+            return self._of_each(_correlation, torch.cat(random), known)
 
-    def _correlations(self, observed: list[Tensor] | Tensor) -> dict[str, float]:
-        observed, true, kind = map(dim_zero_cat, (observed, self.true, self.transformation))
-        return {
-            self.names[k]: torch.corrcoef(torch.stack([observed[kind == k], true[kind == k]]).double())[0, 1].item()
-            for k in kind.unique().tolist()
-        }
+    def _all_processes(self) -> AbstractContextManager:
+        """See meanwhile the sequences of all processes, as `compute` does."""
+        return self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn)
+
+    def _of_each(
+        self, function: Callable[[Tensor, Tensor], T], observed: Tensor | None = None, known: Tensor | None = None
+    ) -> dict[str, T]:
+        """Return what a function says of the observed rolls and the course of each transformation that occurred."""
+        observed = dim_zero_cat(self.observed) if observed is None else observed
+        known = dim_zero_cat(self.known) if known is None else known
+        kind, course = known[:, 0], known[:, 2:]
+        return {self.names[k]: function(observed[kind == k], course[kind == k]) for k in kind.unique().tolist()}
 
     @classmethod
     def applies(cls, model: SequenceModel, source: SequenceSource) -> bool:
@@ -164,8 +208,28 @@ class CapCorr(EvaluationMetric):
 
     def rows(self) -> list[Row]:
         """Return a row for every transformation."""
-        random = self.chance()
+        random, reasons = self.chance(), self.reasons()
         return [
-            Row(self.key, name, f"CapCorr {name}", value, random[name], digits=2)
+            Row(self.key, name, f"CapCorr {name}", value, random[name], digits=2, note=reasons.get(name, ""))
             for name, value in self.compute().items()
         ]
+
+
+def _correlation(observed: Tensor, course: Tensor) -> float:
+    """Return the correlation of observed and true roll; NaN where there is none."""
+    if len(observed) < 2 or not (course == 0).any(1).all():
+        return math.nan
+    return torch.corrcoef(torch.stack([observed, course[:, 0].double()]))[0, 1].item()
+
+
+def _what_is_missing(observed: Tensor, course: Tensor) -> str:
+    """Say why there is no correlation of these rolls; nothing where there is one."""
+    if not (course == 0).any(1).all():
+        return "a sequence never passes index 0 of the factor"
+    if observed.isnan().any():
+        return "capsules are not finite"
+    if len(observed) < 2:
+        return "of one sequence alone"
+    if (course[:, 0] == course[0, 0]).all():
+        return "all sequences start alike"
+    return "the observed roll never varies" if (observed == observed[0]).all() else ""

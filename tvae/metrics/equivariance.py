@@ -15,7 +15,7 @@ from ..config import EvaluationSettings
 from ..data import SequenceBatch, SequenceSource
 from ..models import ELBO, SequenceModel
 from ..models.layers import Axis, Capsules
-from .base import EvaluationMetric, Row, private_generator
+from .base import EvaluationMetric, Row, noise, private_generator
 
 PLAIN = Neighborhood()  # rolls by one position a frame
 
@@ -33,7 +33,7 @@ def equivariance_error(t: Capsules, rolls: Neighborhood = PLAIN, axis: Axis | No
         axis: along which axis each sequence rolls, where that is known.
 
     """
-    t = normalised(t)
+    t = normalised(in_full(t))
     errors = []
     for a in axes_of(rolls):
         pairs = (roll_capsules(t[:, :-m], m, rolls, a) - t[:, m:] for m in range(1, t.shape[1]))
@@ -44,9 +44,22 @@ def equivariance_error(t: Capsules, rolls: Neighborhood = PLAIN, axis: Axis | No
 
 def normalised(t: Capsules) -> Capsules:
     """Divide each capsule by its Euclidean norm, whatever its scale; a capsule of zeros stays one."""
-    # Scaled by powers of two, which is exact, to be far from where squares overflow or vanish.
-    _, exponent = torch.frexp(t.abs().amax(-1, keepdim=True))
-    return F.normalize(torch.ldexp(t, -exponent.clamp(-126, 126)), dim=-1)
+    return F.normalize(t / scale_of(t), dim=-1)
+
+
+def scale_of(t: Float[Tensor, "*capsules dim"]) -> Float[Tensor, "*capsules 1"]:
+    """Return for each capsule the power of two by which its largest element is between 1 and 2; 1 for one of zeros.
+
+    To divide by it is exact, and leaves numbers that are far from where squares and products overflow or vanish.
+    """
+    largest = t.detach().abs().amax(-1, keepdim=True)
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest == 0, 1, largest / (2 * mantissa))
+
+
+def in_full(t: Tensor) -> Tensor:
+    """Return numbers of half precision in float32, and others as they are: sums of capsules have thousands of terms."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def of_axis(values: Tensor, axis: Axis) -> Tensor:
@@ -90,8 +103,8 @@ class EquivarianceError(EvaluationMetric):
 
     def chance(self) -> float:
         """Return E_eq of iid Gaussian activations, of 64 seeded sequences; along their axes in turn if known."""
-        t = torch.randn(64, *self.shape, generator=private_generator(0))
-        axis = torch.arange(len(t)) % self.rolls.root_count if self.axes_known else None
+        t = noise(64, *self.shape, generator=private_generator(0))
+        axis = torch.arange(len(t), device="cpu") % self.rolls.root_count if self.axes_known else None
         return equivariance_error(t, self.rolls, axis).mean().item()
 
     @classmethod
