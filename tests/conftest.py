@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if not any(item.iter_markers("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        slow = "slow" in item.keywords or "exhaustive" in item.keywords or interprets(item)
+        slow = {"slow", "exhaustive", "long"} & set(item.keywords) or interprets(item)
         if not slow and "quick" not in item.keywords:
             item.add_marker("quick")
     items.sort(key=weight)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -447,3 +448,36 @@ def test_wrong_sizes_and_names_are_refused(batch):
         BubbleVAE(SHAPE, 3, 6, Neighborhood(3, 1))
     with pytest.raises(ValueError, match=r"x must be \(batch, time, 2, 5, 4\), got \(2, 7, 2, 5, 3\)"):
         VAE(SHAPE, 3, 6)(SequenceBatch(batch.images[..., :3]))
+
+
+@pytest.mark.parametrize("model_class", [TVAE, VAE, BubbleVAE])
+def test_a_model_of_numbers_of_numpy_is_saved(model_class, tmp_path):
+    n = () if model_class is VAE else (Neighborhood(np.int64(2), np.int32(1), 0 if model_class is BubbleVAE else 1),)
+    values = {} if model_class is VAE else {"mu_init": np.float32(30)}
+    model = model_class((np.int64(1), np.int64(4), np.int32(4)), np.int64(3), np.int16(2), *n, **values)
+    model.save(tmp_path / "model.safetensors")
+    loaded = tvae.load(tmp_path / "model.safetensors")
+    assert loaded.settings == model.settings
+    for name, x in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x)
+
+
+@settings
+class OddSettings(VAE.Settings):
+    """Settings that a file may not be able to hold."""
+
+    odd: object = None
+    """Anything."""
+
+
+class Odd(VAE):
+    """A model of them."""
+
+    Settings = OddSettings
+
+
+@pytest.mark.parametrize("odd", [{1, 2}, 1j, (1, 2), float("nan")], ids=str)
+def test_what_cannot_be_saved_is_refused_when_the_model_is_made(odd):
+    with pytest.raises(ValueError, match="settings that"):
+        Odd(SHAPE, 2, 3, odd=odd)
+    assert Odd(SHAPE, 2, 3, odd=[1, "x"]).settings.odd == [1, "x"]

@@ -13,8 +13,9 @@ import tyro
 from pydantic import Field
 
 from .data import CACHE, SOURCES, SequenceSource, open_source
+from .files import expanded
 from .models import ModelSettings, SequenceModel, find, model_of
-from .settings import Count, settings
+from .settings import Count, Number, Whole, settings
 
 Precision = Literal["32-true", "tf32", "bf16-mixed"]
 StepKind = Literal["eager", "compiled", "graph"]
@@ -64,7 +65,7 @@ class DataSettings:
         name = self.evaluation or self.name if split == "test" else self.name
         folder, files = self.folder, SOURCES[name].files
         if folder is None and files is not None:
-            folder = CACHE.expanduser() / files
+            folder = expanded(CACHE) / files
         return open_source(name, split, folder, device, download=self.folder is None)
 
 
@@ -74,9 +75,9 @@ class TrainingSettings:
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum is the paper's."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-4
     """Step size, for the ELBO in nats a frame."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
     batch_size: Count = 8
     """Sequences in a batch."""
@@ -85,7 +86,7 @@ class TrainingSettings:
     precision: Precision = "32-true"
     """Of the matrix products in training: float32; float32 with factors rounded to TF32 (10 bits of fraction), on
     GPUs that have it; or bfloat16 (7 bits), the rest in float32, which on most CPUs is slower than float32."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     """Decides initial weights, sequences and noise."""
 
 

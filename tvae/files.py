@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# What file systems say that cannot wait for a folder, or for anything.
+_CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -18,8 +25,11 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(partial)  # before it is renamed: after a power cut the name may else stand for an empty file
         os.replace(partial, path)
         sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # of a folder that may only be read
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(partial), partial):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
         raise
 
 
@@ -31,7 +41,36 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which some file systems say to all that are not files
+        if error.errno not in _CANNOT:
             raise
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by some text, at once or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+def expanded(path: Path) -> Path:
+    """Return a path whose ~ is the home folder.
+
+    Raises:
+        ValueError: there is none.
+
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is in no folder: {error}") from error
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Return the CRC-32 of tensors, with their names, types and shapes, and of a text."""
+    total = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        total = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), total)
+        total = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy(), total)
+    return f"{total:08x}"

@@ -6,11 +6,23 @@ import functools
 from typing import Annotated, TypeVar
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
-Count = Annotated[int, Field(ge=1)]
+
+NO_NUMBER = "true and false are no numbers"
+
+
+def _number(x: object) -> object:
+    if isinstance(x, bool):  # which pydantic takes for 0 and 1
+        raise ValueError(NO_NUMBER)
+    return x
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Whole, Field(ge=1)]
 
 
 @dataclass_transform(frozen_default=True)
@@ -38,8 +50,9 @@ def settings(cls: type[T]) -> type[T]:
 def _finding(finding: dict) -> str:
     """Say which field has which wrong value."""
     field, message = ".".join(map(str, finding["loc"])), finding["msg"]
-    if finding["type"] == "value_error":  # raised by a check of our own, which names everything
-        return str(finding["ctx"]["error"])
+    if finding["type"] == "value_error":  # raised by a check of our own, which names everything but a single field
+        error = str(finding["ctx"]["error"])
+        return f"{field}: {error}, got {finding['input']!r}" if error == NO_NUMBER else error
     if finding["type"] == "unexpected_keyword_argument":
         return f"there is no setting {field}"
     return f"{field}: {message[0].lower()}{message[1:]}, got {finding['input']!r}"

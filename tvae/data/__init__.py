@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from ..files import expanded
 from .dsprites import DSpritesSequences
 from .mnist import MNISTDigits, MNISTPerspectiveHueSequences, MNISTRotationHueSequences, MNISTSequences
 from .sequences import (
@@ -74,7 +75,7 @@ def open_source(
     source = SOURCES[name]
     if source.files is not None and data_dir is None:
         raise DataError(f"{name} is read from files: pass --data-dir with the folder that holds them")
-    return source.open(split, None if data_dir is None else Path(data_dir), torch.device(device), download)
+    return source.open(split, None if data_dir is None else expanded(Path(data_dir)), torch.device(device), download)
 
 
 for _source in (

@@ -47,9 +47,10 @@ class MNISTSequences(SequenceSource):
         self.images = images.to(self.device)  # (example, 28, 28) uint8
         angle = torch.tensor(self.factors[0].values, dtype=torch.float64).deg2rad()
         self._cos, self._sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)
-        self._scale = torch.tensor(self.factors[1].values, device=self.device)
+        self._scale = torch.tensor(self.factors[1].values, dtype=torch.float32, device=self.device)
         hue = self.factors[-1].values
-        self._colour = torch.tensor([colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue], device=self.device)
+        self._colour = torch.tensor([colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue], dtype=torch.float32)
+        self._colour = self._colour.to(self.device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,12 +71,12 @@ class MNISTSequences(SequenceSource):
         colour of hue h, full saturation and value g, which is g times the colour of value 1: a product.
         """
         x, y = self._origins(*factors[..., :-1, None, None].unbind(2))
-        frames = _sample(self.images[examples] / 255, x, y)
+        frames = _sample(self.images[examples].float() / 255, x, y)
         return frames[:, :, None] * self._colour[factors[..., -1]][..., None, None]
 
     def _pixels(self) -> tuple[Tensor, Tensor]:
         """Return the centres of the pixels of a frame, from -1 to 1: x (1, 28) to the right and y (28, 1) down."""
-        centres = (torch.arange(28, device=self.device) + 0.5) * 2 / 28 - 1
+        centres = (torch.arange(28, dtype=torch.float32, device=self.device) + 0.5) * 2 / 28 - 1
         return centres[None, :], centres[:, None]
 
     def _origins(self, rotation: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ class MNISTDigits(MNISTSequences):
 
     def render(self, examples: Tensor, factors: Tensor) -> Tensor:
         """Draw frames (B, 1, 1, 28, 28), whatever the factors, which have one value each."""
-        return (self.images[examples] / 255)[:, None, None]
+        return (self.images[examples].float() / 255)[:, None, None]
 
 
 def _sample(digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -169,6 +170,9 @@ def _read_mnist(data_dir: Path, split: str, download: bool) -> tuple[Tensor, Ten
             f"MNIST in {data_dir / 'MNIST'} should be images of uint8 (N, 28, 28) with N labels, found {found}; "
             "delete the folder, `processed` in it, too, and download it again"
         )
+    if len(mnist.targets) and not 0 <= mnist.targets.min() <= mnist.targets.max() <= 9:
+        found = f"{mnist.targets.min()} to {mnist.targets.max()}"
+        raise DataError(f"MNIST in {data_dir / 'MNIST'} should have labels from 0 to 9, found {found}")
     if split == "test":
         return mnist.data, mnist.targets
     order = torch.randperm(len(mnist.data), generator=seeded_generator(0))

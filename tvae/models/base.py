@@ -27,7 +27,7 @@ from torch.distributions import Normal
 from tvae_kernels import Neighborhood, roll_capsules
 
 from ..data import SequenceBatch, SequenceSource
-from ..files import replacing
+from ..files import checksum, replacing
 from ..settings import Count, settings
 from .layers import MLP, STANDARD_NORMAL, Axis, Capsules, Frames, Images, Parameters, folded, framewise, project
 from .likelihoods import LIKELIHOODS
@@ -99,7 +99,7 @@ class SequenceModel(nn.Module):
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be (channel, height, width), each at least 1, got {image_shape}")
         self.image_shape = tuple(int(n) for n in image_shape)
-        self.settings = values
+        self.settings = _kept(values)
         self.capsule_shape = (values.capsules, values.capsule_dim)
         self.likelihood = LIKELIHOODS[values.likelihood]()
 
@@ -216,8 +216,10 @@ class SequenceModel(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write weights and settings into one safetensors file, which `load` reads without pickle; at once or not."""
         metadata = {"model": self.name, "image_shape": self.image_shape, **asdict(self.settings)}
+        state = self.state_dict()
+        metadata["checksum"] = checksum(state, json.dumps(metadata))
         with replacing(Path(path)) as partial:
-            partial.write_bytes(save(self.state_dict(), {"model": json.dumps(metadata)}))
+            partial.write_bytes(save(state, {"model": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", **networks: nn.Module) -> SequenceModel:
@@ -237,13 +239,50 @@ class SequenceModel(nn.Module):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 values = json.loads((file.metadata() or {})["model"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            written = values.pop("checksum", None)  # which files of older versions have not
+            if written is not None and written != checksum(state, json.dumps(values)):
+                raise ValueError("its checksum is another one")
             name, image_shape = values.pop("model"), values.pop("image_shape")
+            if not all(x.is_floating_point() for x in state.values()):
+                raise TypeError("there are weights of integers")
             model_class = cls if cls.__dict__.get("name") == name else find(name)
-            model = model_class(image_shape, **vars(model_class.Settings(**values)), **networks)
+            given = vars(model_class.Settings(**values))
+            if not networks:
+                _check_shapes(model_class, image_shape, given, state)
+            model = model_class(image_shape, **given, **networks)
             model.load_state_dict(state)
-        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a model file of this version: {error}") from error
+        except (SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or repr(error)
+            raise ValueError(f"{path} is not a model file of this version: {reason}") from error
         return model.to(device)
+
+
+def _check_shapes(model: type[SequenceModel], image_shape: tuple, given: dict, state: dict[str, Tensor]) -> None:
+    """Refuse weights of other shapes before memory is taken for a model of a wrong size."""
+    try:
+        with torch.device("meta"):
+            expected = model(image_shape, **given).state_dict()
+    except NotImplementedError:  # of a model that computes with its weights as it is made
+        return
+    for name, x in expected.items():
+        if name in state and state[name].shape != x.shape:
+            raise ValueError(f"{name} is of shape {tuple(state[name].shape)}, should be {tuple(x.shape)}")
+
+
+def _kept(values: ModelSettings) -> ModelSettings:
+    """Return settings that a file can hold, as they are.
+
+    Raises:
+        ValueError: no file can: after training it would be too late to say so.
+
+    """
+    try:
+        read = type(values)(**json.loads(json.dumps(asdict(values), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"settings that cannot be saved as JSON: {values}; {error}") from error
+    if read != values:
+        raise ValueError(f"settings that are others when they are read from JSON: {values}; read: {read}")
+    return values
 
 
 MODELS: dict[str, type[SequenceModel]] = {}  # by the names of settings, files and the command line

@@ -13,7 +13,7 @@ from torch.distributions import Normal
 from tvae_kernels import Neighborhood, TopographicLayer
 
 from ..data import SequenceBatch, SequenceSource
-from ..settings import settings
+from ..settings import Number, settings
 from .base import ModelSettings, SequenceModel
 from .layers import Axis, Capsules, Frames, Images, Parameters, folded, gaussian
 
@@ -26,7 +26,7 @@ class TVAESettings(ModelSettings):
 
     neighborhood: Neighborhood = field(default_factory=Neighborhood)
     """Which squared activations share a denominator."""
-    mu_init: float = 30.0
+    mu_init: Number = 30.0
     """Initial value of mu in t = (z - mu) / sqrt(W u^2)."""
     window: Literal["ones", "shared", "capsule"] = "ones"
     """Weights of the neighbourhood's taps: all 1, or learned, one window for all capsules or one a capsule."""

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Config
-from ..files import replacing, sync
+from ..files import checksum, replacing, sync, write_text
 from ..models import SequenceModel
 
 
@@ -93,13 +93,39 @@ class Run:
     def change(self, config: Config) -> None:
         """Go on with another configuration from here: more steps, or data that has moved.
 
+        A model of fewer steps is no longer the run's, nor are its metrics: the checkpoint holds it.
+
         Raises:
-            RunError: the configuration cannot be written.
+            RunError: the configuration cannot be written, or the run has done more steps already.
 
         """
-        with self.writing(), replacing(self.path / "config.json") as partial:
-            partial.write_text(config.to_json())
+        with self.lock(), self.writing():
+            done = self.steps_done()
+            if done > config.training.steps:
+                raise RunError(self._too_many(done, config.training.steps))
+            if config.training != self.config.training:
+                self.model_file.unlink(missing_ok=True)
+                self.evaluation_file.unlink(missing_ok=True)
+            write_text(self.path / "config.json", config.to_json())
         self.config = config
+
+    def steps_done(self) -> int:
+        """Return the step of the last checkpoint, 0 without one.
+
+        Raises:
+            RunError: the file is damaged.
+
+        """
+        if not self.checkpoint.exists():
+            return 0
+        try:
+            with safe_open(self.checkpoint, framework="pt") as file:
+                return _step(file.metadata() or {})
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise RunError(f"cannot restore {self.checkpoint}: {error!r}") from error
+
+    def _too_many(self, done: int, asked: int) -> str:
+        return f"{self.path} has done {done} steps already, more than the {asked} asked for"
 
     def lock(self) -> AbstractContextManager:
         """Keep other processes out of the run until the context ends; within it, it may be asked for again.
@@ -113,6 +139,8 @@ class Run:
                 return self._lock.acquire()
             except Timeout:  # which is an OSError, too
                 raise RunError(f"another process is at work in {self.path}; wait for it or stop it") from None
+            except NotImplementedError as error:  # a file system without locks
+                raise RunError(f"{self.path} cannot be locked: {error}; choose another --run-dir") from error
 
     def load_model(self, device: str | torch.device = "cpu") -> SequenceModel:
         """Load the trained model.
@@ -150,7 +178,8 @@ class Run:
         tensors = {f"model.{name}": x for name, x in state.items()}
         for index, values in optimizer_state["state"].items():
             tensors |= {f"optimizer.{index}.{name}": x for name, x in values.items() if isinstance(x, Tensor)}
-        metadata = {"step": str(step), "param_groups": json.dumps(optimizer_state["param_groups"])}
+        groups = json.dumps(optimizer_state["param_groups"])
+        metadata = {"step": str(step), "param_groups": groups, "checksum": checksum(tensors, str(step))}
         with self.writing(), replacing(self.checkpoint) as partial:
             partial.write_bytes(save(tensors, metadata))  # save_file, when killed, leaves a hidden file behind
             if self.metrics.exists():
@@ -169,11 +198,14 @@ class Run:
             with safe_open(self.checkpoint, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            step = int(metadata["step"])
-            if not step > 0:
-                raise ValueError(f"its step is {step}")
+            step = _step(metadata)
+            if step > self.config.training.steps:
+                raise RunError(self._too_many(step, self.config.training.steps))
             wanted = _expected(model, optimizer, self.config.training.optimizer)
-            _check_tensors({name: tuple(x.shape) for name, x in tensors.items()}, wanted)
+            _check_tensors({name: _described(x) for name, x in tensors.items()}, wanted)
+            found = checksum(tensors, str(step))
+            if metadata.get("checksum", found) != found:
+                raise ValueError("its checksum is another one")
             model.load_state_dict({k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")})
             state = {}
             for name, x in tensors.items():
@@ -184,8 +216,11 @@ class Run:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
             return step
+        except RunError:
+            raise
         except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
-            raise RunError(f"cannot restore {self.checkpoint}: {error}") from error
+            reason = " ".join(str(error).split()) or repr(error)
+            raise RunError(f"cannot restore {self.checkpoint}: {reason}") from error
 
     def advice_after_divergence(self) -> str:
         """Say what to do when training has left the finite numbers."""
@@ -204,27 +239,37 @@ class Run:
         return f"the last good state is in {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint"
 
 
-def _expected(model: nn.Module, optimizer: Optimizer, kind: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of a checkpoint, by name: of the weights, and of the optimiser's state."""
-    shapes = {f"model.{name}": tuple(x.shape) for name, x in model.state_dict().items()}
+def _step(metadata: dict[str, str]) -> int:
+    """Return the step of a checkpoint, from its metadata."""
+    text = metadata["step"]
+    if not (text.isascii() and text.isdecimal() and 0 < len(text) < 20 and int(text) > 0):
+        raise ValueError(f"its step is {text[:20]}")
+    return int(text)
+
+
+def _described(x: Tensor) -> str:
+    """Describe a tensor by its type and shape."""
+    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+
+
+def _expected(model: nn.Module, optimizer: Optimizer, kind: str) -> dict[str, str]:
+    """Describe all tensors of a checkpoint, by name: the weights, and the optimiser's state."""
+    expected = {f"model.{name}": _described(x) for name, x in model.state_dict().items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     momentum = any(group.get("momentum") for group in optimizer.param_groups)
     for index, parameter in enumerate(parameters):
         like = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) * momentum}[kind]
-        shapes |= {f"optimizer.{index}.{name}": tuple(parameter.shape) for name in like}
+        expected |= {f"optimizer.{index}.{name}": _described(parameter) for name in like}
         if kind == "adam":
-            shapes[f"optimizer.{index}.step"] = ()
-    return shapes
+            expected[f"optimizer.{index}.step"] = _described(torch.zeros((), dtype=torch.float32))
+    return expected
 
 
-def _check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Refuse tensors of other names or shapes: PyTorch's optimisers read past the end of those that are too short."""
+def _check_tensors(found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Refuse tensors of other names, types or shapes: PyTorch's optimisers read past the end of those too short."""
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            was, should = (f"of shape {x[name]}" if name in x else "missing" for x in (found, wanted))
-            if name not in wanted:
-                should = "none"
-            raise ValueError(f"{name} is {was}, should be {should}")
+            raise ValueError(f"{name} is {found.get(name, 'missing')}, should be {wanted.get(name, 'none')}")
 
 
 class MetricsLog:
@@ -242,7 +287,7 @@ class MetricsLog:
         self._run = run
         self._columns: list[str] | None = None
         with run.writing():
-            rows = rows_until(step, run.metrics.read_bytes()) if run.metrics.exists() else b""
+            rows = _rows_of(run, step) if run.metrics.exists() else b""
             if rows:
                 with replacing(run.metrics) as partial:
                     partial.write_bytes(rows)
@@ -255,7 +300,10 @@ class MetricsLog:
         row = {"step": step, **values}
         with self._run.writing():
             if self._columns is None and self._run.metrics.exists():
-                self._columns = self._run.metrics.read_text().partition("\n")[0].strip().split(",")
+                self._columns = _columns(self._run.metrics.read_bytes())
+                if not {"step", "loss"} <= set(self._columns) <= set(row):
+                    names = ", ".join(self._columns)
+                    raise RunError(f"{self._run.metrics} has the columns {names}, should have {', '.join(row)}")
             with self._run.metrics.open("a", newline="") as file:
                 writer = csv.DictWriter(file, self._columns or row.keys(), extrasaction="ignore")
                 if self._columns is None:
@@ -271,16 +319,49 @@ class MetricsLog:
             self._tensorboard.close()
 
 
+def _rows_of(run: Run, step: int) -> bytes:
+    """Return the header and the rows of a run's log up to some step."""
+    try:
+        return rows_until(step, run.metrics.read_bytes())
+    except ValueError as error:
+        raise RunError(f"{run.metrics} is damaged: {error}; mend it, or move it away to begin a new one") from error
+
+
+def _columns(log: bytes) -> list[str]:
+    """Return the names in the header of a metrics.csv."""
+    return log.partition(b"\n")[0].decode("ascii", "backslashreplace").strip().split(",")
+
+
 def rows_until(step: int, log: bytes) -> bytes:
     """Return the header and the rows of a metrics.csv up to some step; nothing, where there is no such row.
 
     What follows may be half a row, or anything, if a crash has cut it off: only what a checkpoint follows is sure.
+
+    Raises:
+        ValueError: rows up to the step are damaged, too, for one of them stands behind what is none.
+
     """
     header, *rows = log.splitlines(keepends=True) or [b""]
-    kept = []
+    columns, kept, last = header.count(b",") + 1, 0, 0
     for row in rows:
-        number = row.partition(b",")[0]
-        if not row.endswith(b"\n") or not number.isdigit() or int(number) > step:
+        if not _is_whole(row, columns) or not last < _number_of(row) <= step:
             break
-        kept.append(row)
-    return header + b"".join(kept) if kept else b""
+        kept, last = kept + 1, _number_of(row)
+    ended = kept == len(rows) or (kept == len(rows) - 1 and not rows[kept].endswith(b"\n"))  # or cut off within a row
+    if not ended and any(last < _number_of(row) <= step for row in rows[kept:]):
+        raise ValueError(f"line {kept + 2} is {rows[kept][:60]!r}")
+    return header + b"".join(rows[:kept]) if kept else b""
+
+
+def _is_whole(row: bytes, columns: int) -> bool:
+    """Say whether a row is one of numbers, as many as there are columns."""
+    try:
+        return row.endswith(b"\n") and len(list(map(float, row.split(b",")))) == columns
+    except ValueError:
+        return False
+
+
+def _number_of(row: bytes) -> int:
+    """Return the step that a row begins with, -1 for what is none."""
+    number = row.partition(b",")[0]
+    return int(number) if number.isdigit() and len(number) < 20 else -1
