@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from acting import room_for
 
 from tvae import evaluation
 from tvae.metrics import Row
@@ -15,6 +16,7 @@ from tvae.paper.exhibits import EXHIBITS, Exhibit
 from tvae.paper.runs import Job, budgeted
 from tvae.paper.tables import BOUND, EQUIVARIANCE_ERROR, LOG_LIKELIHOOD
 from tvae.presets import PRESETS
+from tvae.training import RunError
 
 EXHIBIT = Exhibit(
     "Table 0: likelihood",
@@ -134,3 +136,40 @@ def test_a_result_is_included_in_its_block_of_a_page_and_no_other(tmp_path):
         assert page.read_text() == text.replace("old\n", block)
     with pytest.raises(ValueError, match=r"page.md has no block for the result: the lines <!-- reproduce: table9 -->"):
         tables.include(page, "table9", table, None)
+
+
+def test_tables_and_pages_that_cannot_be_written_leave_the_old_ones(jobs, tmp_path):
+    results, page = collect(jobs), tmp_path / "page.md"
+    page.write_text("<!-- reproduce: table0 -->\nold\n<!-- end -->\n")
+    written = tables.write(results, "table0", tmp_path / "out")
+    before = {file: file.read_bytes() for file in (*written, page)}
+    with room_for(10):
+        with pytest.raises(OSError, match=r"File too large: .*table0.md'"):
+            tables.write(results, "table0", tmp_path / "out")
+        with pytest.raises(OSError, match=r"File too large: .*page.md'"):
+            tables.include(page, "table0", written[0], None)
+    assert {file: file.read_bytes() for file in (*written, page)} == before
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_link_to_a_figure_may_have_spaces_and_brackets(tmp_path):
+    page, table = tmp_path / "page.md", tmp_path / "table.md"
+    table.write_text("**A title**\n")
+    page.write_text("<!-- reproduce: fig5 -->\n<!-- end -->\n")
+    tables.include(page, "fig5", table, tmp_path / "out (1)" / "fig5.png")
+    assert "![A title](<out (1)/fig5.png>)" in page.read_text()
+
+
+def test_a_page_that_is_no_text_is_named(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"page.md is not a page of UTF-8 text"):
+        tables.read_block(page, "fig5")
+
+
+def test_evaluations_that_do_not_belong_together_are_refused(jobs):
+    evaluation.save([Row(*LOG_LIKELIHOOD, "log p(x)", -1.0, -2.0)], 1000, jobs[0].path / "evaluation.json")
+    with pytest.raises(RunError, match="the evaluations of mnist-tvae-w5-k3 have different metrics"):
+        collect(jobs)
+    with pytest.raises(RunError, match="the runs have none of the metrics nothing"):
+        tables.collect(EXHIBIT.title, EXHIBIT.models, jobs, ["nothing"])

@@ -16,9 +16,10 @@ import numpy as np
 
 from .. import evaluation
 from ..config import Config
+from ..files import replacing, write_text
 from ..metrics import Row
 from ..presets import PRESETS, coherence_length
-from ..training import Run
+from ..training import Run, RunError
 from .runs import Job
 
 Metric = tuple[str, str | None]  # key and part
@@ -69,12 +70,18 @@ def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: S
         jobs: the runs.
         reported: keys of the metrics to report.
 
+    Raises:
+        RunError: the evaluations do not belong together.
+        ValueError: a file holds no evaluation.
+
     """
     lines = []
     for preset, printed in models.items():
         runs = [job for job in jobs if job.preset == preset]
         trained = [_reported(Run(job.path, job.config).evaluation_file, reported) for job in runs]
         untrained = [_reported(job.untrained_file, reported) for job in runs]
+        if len({frozenset(rows) for rows in trained + untrained}) > 1:
+            raise RunError(f"the evaluations of {preset} have different metrics; delete them to do them again")
         for metric, row in trained[0].items():
             lines.append(
                 Line(
@@ -90,6 +97,8 @@ def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: S
                     untrained=tuple(rows[metric].value for rows in untrained),
                 )
             )
+    if not lines:
+        raise RunError(f"the runs have none of the metrics {', '.join(reported)}")
     order = list(dict.fromkeys((line.key, line.part) for line in lines))
     lines.sort(key=lambda line: order.index((line.key, line.part)))  # a stable sort: models stay in the paper's order
     return Results(_title(title, jobs), _note(jobs), lines)
@@ -161,16 +170,16 @@ def write(results: Results, name: str, folder: Path) -> list[Path]:
     """Write the table as NAME.md, NAME.csv and NAME.json; CSV and JSON hold all digits, JSON every seed's value too."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown, table, values = (folder / f"{name}.{ending}" for ending in ("md", "csv", "json"))
-    markdown.write_text(to_markdown(results), encoding="utf-8")
+    write_text(markdown, to_markdown(results))
     rows = [_columns(line) for line in results.lines]
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with replacing(table) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
     for row, line in zip(rows, results.lines, strict=True):
         row |= {"ours by seed": line.ours, "untrained by seed": line.untrained}
     content = {"title": results.title, "note": results.note, "rows": _without_nan(rows)}
-    values.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(values, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return [markdown, table, values]
 
 
@@ -201,7 +210,10 @@ def read_block(page: Path, name: str) -> tuple[str, re.Match]:
         ValueError: the page is missing or has no such block.
 
     """
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    try:
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+    except ValueError as error:
+        raise ValueError(f"{page} is not a page of UTF-8 text: {error}") from error
     block = re.search(_BLOCK.format(name=re.escape(name)), text, re.DOTALL)
     if block is None:
         raise ValueError(f"{page} has no block for the result: the lines <!-- reproduce: {name} --> and <!-- end -->")
@@ -213,5 +225,7 @@ def include(page: Path, name: str, table: Path, figure: Path | None) -> None:
     text, block = read_block(page, name)
     content = table.read_text(encoding="utf-8")
     if figure is not None:
-        content = f"![{content.split('**')[1]}]({os.path.relpath(figure, page.parent)})\n\n{content}"
-    page.write_text(f"{text[: block.end(1)]}\n{content}\n{text[block.start(2) :]}", encoding="utf-8")
+        place = os.path.relpath(figure, page.parent)
+        place = f"<{place}>" if re.search(r"[\s()]", place) else place  # which else would end the link
+        content = f"![{content.split('**')[1]}]({place})\n\n{content}"
+    write_text(page.resolve(), f"{text[: block.end(1)]}\n{content}\n{text[block.start(2) :]}")
