@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 SECONDS = 30.0  # between two lines
+SOON = 2.0  # seconds before work that is not over is worth a line
 Show = Callable[..., None]
 
 
@@ -38,6 +40,28 @@ def progress(
             yield lambda done, text="": bar.update(task, completed=done, description=text)
     else:
         yield _lines(work, total, done, console)
+
+
+@contextmanager
+def phase(work: str, console: Console) -> Iterator[None]:
+    """Show that some work is done meanwhile, of which nobody knows how much there is, where it takes its time."""
+    if console.is_terminal:
+        with console.status(Text(work)):
+            yield
+        return
+
+    def say() -> None:
+        console.print(Text(f"{work} ..."), soft_wrap=True)
+        console.file.flush()
+
+    timer = threading.Timer(SOON, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _lines(work: str, total: int, first: int, console: Console) -> Show:

@@ -144,18 +144,25 @@ def carry_out(job: Job, device: torch.device, show_progress: bool = False) -> bo
         if not run.model_file.exists() and train(run, device, show_progress, sources=sources) is None:
             return False
         if not job.finished:
-            _evaluate(job, run, sources)
+            _evaluate(job, run, sources, show_progress)
     return True
 
 
-def _evaluate(job: Job, run: Run, sources: Sources) -> None:
-    """Evaluate the model trained and untrained."""
+def _evaluate(job: Job, run: Run, sources: Sources, show_progress: bool) -> None:
+    """Evaluate the model untrained and trained."""
     config, source = job.config, sources["test"]
     settings = config.evaluation
     sequences = FixedSequences.take(source, settings.sequences, config.training.batch_size)
     untrained = untrained_model(config, source).to(source.device)
-    for model, file in ((untrained, job.untrained_file), (run.load_model(source.device), run.evaluation_file)):
-        evaluation.save(evaluation.evaluate(model, sequences, settings), settings.sequences, file)
+    batches = len(sequences.batches)
+    with progress("evaluating", 2 * batches, visible=show_progress) as show:
+        for before, model, file in (
+            (0, untrained, job.untrained_file),
+            (batches, run.load_model(source.device), run.evaluation_file),
+        ):
+            rows = evaluation.evaluate(model, sequences, settings, lambda done: show(before + done))  # noqa: B023
+            with run.writing():
+                evaluation.save(rows, settings.sequences, file)
 
 
 def carry_out_all(jobs: list[Job], device: torch.device, workers: int | None, console: Console) -> bool:
@@ -215,6 +222,8 @@ def _carry_out_at_once(jobs: list[Job], device: torch.device, workers: int, cons
 
 def _submitted(pool: ProcessPoolExecutor, job: Job, device: torch.device) -> Future:
     """Give the run to a worker. A new one inherits that it ignores interruptions, however long it takes to start."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        return pool.submit(carry_out, job, device)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return pool.submit(carry_out, job, device)
