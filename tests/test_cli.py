@@ -5,6 +5,7 @@ Commands run in this process, which gives what a new one gives: `test_it_is_a_pr
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -18,11 +19,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from acting import room_for
+from filelock import FileLock
 from rich.console import Console
 
-from tvae import cli, presets
+from tvae import cli, evaluation, presets, progress
+from tvae.data.sprites import SpriteSequences
+from tvae.metrics import Row
 from tvae.models import MODELS, load
-from tvae.paper.exhibits import EXHIBITS
+from tvae.paper.exhibits import EXHIBITS, Exhibit
 from tvae.presets import PRESETS
 from tvae.training import loop
 
@@ -47,6 +52,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(progress, "SOON", 1e6)  # whatever the machine's speed
     return tmp_path
 
 
@@ -423,6 +429,14 @@ WRONG_VALUES = [
     ("train sprites-bubblevae-w10-k10 --shift 1", "needs shift 0, got 1"),
     ("train --steps 0", "steps: input should be greater than or equal to 1, got 0"),
     ("train --steps three", "--steps: invalid literal for int() with base 10: 'three'"),
+    (
+        "train sprites-vae --model tvae",
+        "a window of a single u² cannot start from mu_init 30, for |u| is often",
+    ),
+    ("train --time-window 1 --capsule-window 1", "cannot start from mu_init 30"),
+    ("train --capsules 100000000000", "there can be no such model"),
+    ("train --capsules 1000000", "GiB that the device has: take fewer --capsules, or a smaller --capsule-dim"),
+    ("train --seed 9007199254740992", "seed: input should be less than 9007199254740992"),
     ("train --seed -1", "seed: input should be greater than or equal to 0, got -1"),
     ("train --learning-rate nan", "learning_rate: input should be a finite number, got nan"),
     ("train --batch-size 1000000", "batch_size must be between 1 and the 50625 examples"),
@@ -492,3 +506,204 @@ def test_without_a_word_more_the_quickstart_is_trained():
     command = cli._parsed(["train"])
     assert (command.preset, command.config) == ("quickstart", PRESETS["quickstart"].config)
     assert command.run_dir == Path("runs/quickstart")
+
+
+# --- what may go wrong with a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def too_bright(monkeypatch):
+    """Sprites in 0 ... 255."""
+    render = SpriteSequences.render
+    monkeypatch.setattr(SpriteSequences, "render", lambda *arguments: 255 * render(*arguments))
+
+
+def test_images_that_the_likelihood_is_not_one_of_are_refused_before_anything_is_made(too_bright, folder, capsys):
+    assert tvae(f"train sprites-vae {TINY}") == 2
+    assert error(capsys) == 'likelihood "bernoulli" needs images in [0, 1], got 0 to 255'
+    assert list(folder.iterdir()) == []
+
+
+SPRITES = "--data sprites --runs runs --output out"
+
+
+def test_images_that_the_likelihood_is_not_one_of_are_neither_evaluated_nor_trained_on(trained, too_bright, capsys):
+    for words in (
+        "evaluate runs/quickstart",
+        "train --resume runs/quickstart",
+        f"reproduce table2 --budget 2 --jobs 1 {SPRITES}",
+    ):
+        assert tvae(words) == 1
+        assert "needs images in [0, 1], got 0 to 255\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_metrics_that_are_not_finite_do_not_end_well(value, trained, monkeypatch, capsys):
+    rows = [Row("elbo", None, "ELBO", value, -1.0, "nats/frame"), Row("capcorr", "x", "CapCorr x", math.nan, 0.0)]
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: rows)
+    for words in ("evaluate runs/quickstart", "train --resume runs/quickstart"):
+        assert tvae(words) == 1
+        captured = capsys.readouterr()
+        assert "ELBO" in captured.out
+        (line,) = captured.err.splitlines()
+        assert line.startswith("tvae: error: ELBO is not finite; the last good state is in runs/quickstart/checkpoint")
+
+
+def test_likelihoods_of_a_reproduction_that_are_not_finite_do_not_end_well(monkeypatch, capsys):
+    rows = [Row("log_likelihood", "published", "log p(x), as published", math.nan, -1.0, "nats/frame")]
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: rows)
+    monkeypatch.setitem(EXHIBITS, "one", Exhibit("One model", {"sprites-vae": {}}))
+    assert tvae(f"reproduce one --budget 2 --jobs 1 {SPRITES}") == 1
+    assert capsys.readouterr().err == "tvae: error: log p(x) is not finite of sprites-vae, which has diverged\n"
+    assert {file.name for file in Path("out").iterdir()} == {"one.md", "one.csv", "one.json"}
+
+
+def test_an_empty_folder_is_used(folder):
+    (folder / "here").mkdir()
+    assert tvae(f"train sprites-vae {TINY} --run-dir here") == 0
+    assert (folder / "here/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["here", "here/file"])
+def test_a_folder_that_holds_something_and_a_file_are_in_the_way(name, folder, capsys):
+    (folder / "here").mkdir()
+    (folder / "here/file").write_text("something")
+    assert tvae(f"train sprites-vae {TINY} --run-dir {name}") == 1
+    assert f"{name} exists already" in error(capsys)
+    assert [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))] == ["here", "here/file"]
+
+
+def test_memory_that_ends_is_one_line(monkeypatch, capsys):
+    for failure in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nC++")):
+
+        def fail(*_, failure=failure):
+            raise failure
+
+        monkeypatch.setattr(cli.Presets, "run", fail)
+        assert tvae("presets") == 1
+        assert error(capsys).startswith("out of memory (")
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def steps_of(run):
+    return [row.split(",")[0] for row in Path(run, "metrics.csv").read_text().splitlines()[1:]]
+
+
+def interrupt(arguments):
+    """Give a command and press Ctrl-C in its first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "seed_noise", lambda seed, step: signal.raise_signal(signal.SIGINT))
+        assert tvae(arguments) == 130
+
+
+def test_until_more_steps_are_done_the_model_of_fewer_is_not_the_runs(trained, capsys):
+    assert tvae("train --resume runs/quickstart --steps 2") == 1
+    assert "runs/quickstart has done 3 steps already, more than the 2 asked for" in error(capsys)
+    assert json.loads(Path("runs/quickstart/config.json").read_text())["training"]["steps"] == 3
+    interrupt("train --resume runs/quickstart --steps 5")
+    assert tvae("evaluate runs/quickstart") == 1
+    assert "holds no trained model yet: finish it" in capsys.readouterr().err
+    assert not Path("runs/quickstart/evaluation.json").exists()
+
+
+def test_a_finished_run_is_trained_longer_to_the_result_of_a_longer_one(trained):
+    assert tvae("train --resume runs/quickstart --steps 5") == 0
+    assert tvae(f"train {TINY.replace('--steps 3', '--steps 5')} --run-dir whole") == 0
+    for name in ("model.safetensors", "evaluation.json", "config.json"):
+        assert Path("runs/quickstart", name).read_bytes() == Path("whole", name).read_bytes()
+    assert steps_of("runs/quickstart") == ["3", "5"]
+
+
+def test_data_that_has_moved_is_found_and_remembered(mnist_dir, folder, capsys):
+    first, second = folder / "first", folder / "second"
+    shutil.copytree(mnist_dir, first)
+    assert tvae(f"train mnist-vae {TINY} --data-dir first --run-dir run") == 0
+    first.rename(second)
+    for command in ("evaluate run", "traverse run", "train --resume run"):
+        capsys.readouterr()
+        assert tvae(command) == 1
+        assert "--data-dir" in capsys.readouterr().err
+        assert tvae(f"{command} --data-dir second") == 0
+    assert json.loads(Path("run/config.json").read_text())["data"]["folder"] == str(second)
+    assert tvae("train --resume run") == 0
+
+
+def test_a_learning_rate_that_was_changed_in_the_configuration_is_honoured(monkeypatch):
+    rates, build = [], loop.build_step
+
+    def note(kind, precision, fabric, model, optimizer, stream):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return build(kind, precision, fabric, model, optimizer, stream)
+
+    monkeypatch.setattr(loop, "build_step", note)
+    interrupt(f"train {TINY} --run-dir run")
+    file = Path("run/config.json")
+    file.write_text(file.read_text().replace('"learning_rate": 0.0005', '"learning_rate": 0.00025'))
+    assert tvae("train --resume run") == 0
+    assert rates == [0.0005, 0.00025]
+
+
+# --- what cannot be written -------------------------------------------------------------------------------------------
+
+
+def test_metrics_that_cannot_be_written_are_printed(trained, capsys):
+    file = trained / "runs/quickstart/evaluation.json"
+    before = file.read_bytes()
+    with room_for(10):
+        assert tvae("evaluate runs/quickstart") == 0
+    captured = capsys.readouterr()
+    assert "ELBO" in captured.out
+    (line,) = captured.err.splitlines()
+    assert line.startswith("tvae: warning: the metrics are not written: ")
+    assert "evaluation.json" in line
+    assert file.read_bytes() == before
+    assert not list(file.parent.glob("*.partial"))
+
+
+def test_metrics_of_a_run_that_another_process_works_on_are_printed(trained, capsys):
+    before = (trained / "runs/quickstart/evaluation.json").read_bytes()
+    with FileLock(trained / "runs/quickstart/lock"):
+        assert tvae("evaluate runs/quickstart") == 0
+    captured = capsys.readouterr()
+    assert "ELBO" in captured.out
+    assert captured.err.startswith("tvae: warning: the metrics are not written: another process is at work in runs/")
+    assert (trained / "runs/quickstart/evaluation.json").read_bytes() == before
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one_and_is_named(trained, capsys):
+    figure = trained / "runs/quickstart/figures/traversals.png"
+    before = figure.read_bytes()
+    with room_for(100):
+        assert tvae("traverse runs/quickstart") == 1
+    assert "File too large: 'runs/quickstart/figures/traversals.png'" in error(capsys)
+    assert figure.read_bytes() == before
+    assert [file.name for file in figure.parent.iterdir()] == ["traversals.png"]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from tvae.training import Run
+with Run.open(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_on_one_run(trained, capsys):
+    """The second is refused in one line, whatever it wants to write; it waits for nothing but the first one's word."""
+    files = {file: file.read_bytes() for file in Path("runs").rglob("*") if file.is_file()}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", HOLDS, "runs/quickstart"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as first:
+        assert first.stdout.readline() == "held\n"
+        for words in ("train --resume runs/quickstart", "train --resume runs/quickstart --steps 5"):
+            assert tvae(words) == 1
+            assert error(capsys) == "another process is at work in runs/quickstart; wait for it or stop it"
+        assert {file: file.read_bytes() for file in files} == files
+        first.stdin.close()
+    assert first.returncode == 0
+    assert tvae("train --resume runs/quickstart --steps 4") == 0
+    assert steps_of("runs/quickstart") == ["3", "4"]

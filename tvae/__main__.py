@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 
 
 def main() -> int:
@@ -10,17 +13,29 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # of characters that the terminal's encoding does not have
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    listens = listens and threading.current_thread() is threading.main_thread()
     try:
+        if listens:
+            signal.signal(signal.SIGINT, _end)
         from .cli import main
 
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return main()
     except ModuleNotFoundError as error:
         advice = 'install what training needs with: pip install "tvae-kernels[train]"'
         print(f"tvae: error: the package {error.name} is missing; {advice}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the command line could handle it
-        print("tvae: interrupted", file=sys.stderr)
-        return 130
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(*_: object) -> None:
+    """End at once. An exception would not do: what is imported just then may catch it, or make another of it."""
+    os.write(2, b"tvae: interrupted\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

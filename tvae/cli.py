@@ -11,8 +11,11 @@ import difflib
 import io
 import itertools
 import math
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -26,11 +29,13 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 from .config import Config, Sources, StepKind, check_machine, choices
-from .data import CACHE, DataError, FixedSequences, SequenceStream
+from .data import CACHE, SOURCES, DataError, FixedSequences, SequenceSource, SequenceStream
 from .data.dsprites import DSpritesSequences
+from .files import expanded
 from .models import MODELS, ModelSettings, SequenceModel, find
+from .models.likelihoods import LIKELIHOODS
 from .presets import DEFAULT_PRESET, PRESETS
-from .progress import progress
+from .progress import phase, progress
 from .training.processes import Launched, disconnect, find_device
 from .training.run import Run, RunError
 
@@ -80,7 +85,7 @@ class Train:
             device = find_device(self.device)
             check_machine(self.step, config.training.precision, device, Launched.find().count)
         sources = Sources(config, device)
-        run_dir = self.run_dir.expanduser()
+        run_dir = expanded(self.run_dir)
         if Launched.find().rank == 0:  # the other processes wait for the first one when they connect with it
             with _wrong_values():
                 _check(config, sources)
@@ -105,7 +110,7 @@ class Resume:
 
     def run(self) -> int:
         """Carry the command out; returns the exit status."""
-        run, device = Run.open(self.resume.expanduser()), find_device(self.device)
+        run, device = Run.open(expanded(self.resume)), find_device(self.device)
         config = _with_folder(run.config, self.data_dir)
         if self.steps is not None:
             config = replace(config, training=replace(config.training, steps=self.steps))
@@ -131,7 +136,7 @@ class OfRun:
 
     def open(self) -> tuple[Run, SequenceModel, Sources]:
         """Find the run, its model and its sequences."""
-        run, device = Run.open(self.path.expanduser()), find_device(self.device)
+        run, device = Run.open(expanded(self.path)), find_device(self.device)
         return run, run.load_model(device), Sources(_with_folder(run.config, self.data_dir), device)
 
 
@@ -217,14 +222,15 @@ class Reproduce:
             raise UsageError(f"unknown target {self.target!r}{known}")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs must be at least 1, got {self.jobs}")
-        data_dir, output = self.data_dir and self.data_dir.expanduser().resolve(), self.output.expanduser()
-        page = self.page and self.page.expanduser()
+        data_dir, output = self.data_dir and expanded(self.data_dir).resolve(), expanded(self.output)
+        page = self.page and expanded(self.page)
         exhibit = EXHIBITS[self.target].with_data(_sprites(self.data, data_dir))
         with _wrong_values():
             device = find_device(self.device)
             if page is not None:
                 tables.read_block(page, self.target)
-            jobs = runs.plan(exhibit.models, self.seeds, self.budget, data_dir, self.runs.expanduser())
+            with phase("looking for runs and data", console):
+                jobs = runs.plan(exhibit.models, self.seeds, self.budget, data_dir, expanded(self.runs))
         if not runs.carry_out_all(jobs, device, self.jobs, console):
             console.print("Interrupted; the state is saved. Go on with the same command.")
             return 130
@@ -232,13 +238,19 @@ class Reproduce:
         files, picture = tables.write(results, self.target, output), None
         if exhibit.draw is not None:
             picture = output / f"{self.target}.png"
-            figures.save(exhibit.draw(results, jobs, device), picture, results.title)
+            with phase("drawing", console):
+                figures.save(exhibit.draw(results, jobs, device), picture, results.title)
             files.append(picture)
         if page is not None:
             tables.include(page, self.target, files[0], picture)
         console.print(Markdown(tables.to_markdown(results)))
         console.print(" ".join(map(str, files)), soft_wrap=True, markup=False)
-        return 0
+        likelihoods = [line for line in results.lines if line.key == "log_likelihood"]
+        wrong = [line.preset for line in likelihoods if not all(map(math.isfinite, line.ours))]
+        if wrong:
+            names = ", ".join(dict.fromkeys(wrong))
+            print(f"tvae: error: log p(x) is not finite of {names}, which has diverged", file=sys.stderr)
+        return 1 if wrong else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,10 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             known = f"{_similar(arguments[0], COMMANDS)}; choose from {', '.join(COMMANDS)}"
             raise UsageError(f"unknown command {arguments[0]!r}{known}")
-        command = _parsed(arguments)
-        if not isinstance(command, (Train, Resume)) and Launched.find().count > 1:
-            raise UsageError(f"torchrun is for `tvae train` alone; run `tvae {arguments[0]}` without it")
-        return command.run()
+        with _heeding_interruptions():
+            return _carried_out(arguments)
     except UsageError as error:
         print(f"tvae: error: {error}", file=sys.stderr)
         return 2
@@ -273,6 +283,50 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tvae: interrupted", file=sys.stderr)
         return 130
+
+
+def _carried_out(arguments: list[str]) -> int:
+    """Carry out the command that the words name; returns the exit status.
+
+    Raises:
+        UsageError: they name none.
+        OSError: it takes more memory than there is.
+
+    """
+    command = _parsed(arguments)
+    if not isinstance(command, (Train, Resume)) and Launched.find().count > 1:
+        raise UsageError(f"torchrun is for `tvae train` alone; run `tvae {arguments[0]}` without it")
+    try:
+        return command.run()
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            raise OSError(f"out of memory ({text}); take a smaller --batch-size or a smaller model") from error
+        raise
+
+
+@contextlib.contextmanager
+def _heeding_interruptions() -> Iterator[None]:
+    """Take what goes wrong after Ctrl-C for an interruption, of which libraries make other errors."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed = []
+
+    def press(*_: object) -> None:
+        pressed.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _parsed(arguments: list[str]) -> Train | Resume | Evaluate | Traverse | Reproduce | Presets:
@@ -366,20 +420,48 @@ def _with_folder(config: Config, folder: Path | None) -> Config:
     """Return the configuration with its data in another folder, if one is given."""
     if folder is None:
         return config
-    return replace(config, data=replace(config.data, folder=folder.expanduser().resolve()))
+    return replace(config, data=replace(config.data, folder=expanded(folder).resolve()))
 
 
 def _check(config: Config, sources: Sources) -> None:
     """Check all that can be checked before anything is written."""
-    settings, launched, source = config.training, Launched.find(), sources["train"]
-    SequenceStream(source, settings.batch_size, settings.seed, launched.rank, launched.count)
+    settings, launched = config.training, Launched.find()
+    source = _opened(sources, "train")
+    stream = SequenceStream(source, settings.batch_size, settings.seed, launched.rank, launched.count)
+    LIKELIHOODS[config.model.likelihood]().check(stream[0].images)
     try:
         with torch.device("meta"):
-            config.build_model(source.image_shape)
+            model = config.build_model(source.image_shape)
     except RuntimeError as error:  # a size that no tensor can have
         raise ValueError(
             f"there can be no such model: {str(error).splitlines()[0]}; its settings are {config.model}"
         ) from error
+    needed, memory = _BYTES_A_WEIGHT * sum(x.numel() for x in model.parameters()), _memory_of(sources.device)
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"the model needs {needed / 2**30:,.0f} GiB, more than the {memory / 2**30:,.0f} GiB that the device has: "
+            "take fewer --capsules, or a smaller --capsule-dim"
+        )
+
+
+_BYTES_A_WEIGHT = 4 * 3  # itself, its gradient, and what an optimiser keeps of it
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory that a device has, None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    return math.prod(map(os.sysconf, names)) if set(names) <= set(getattr(os, "sysconf_names", ())) else None
+
+
+def _opened(sources: Sources, split: Literal["train", "test"]) -> SequenceSource:
+    """Open the sequences of one split, and say so where that takes its time."""
+    name = sources.config.data.name
+    if SOURCES[name].files is None:
+        return sources[split]
+    with phase(f"opening {name}", console):
+        return sources[split]
 
 
 def _train(run: Run, sources: Sources, step: StepKind) -> int:
@@ -407,13 +489,14 @@ def _report(run: Run, model: SequenceModel, sources: Sources) -> int:
     from . import evaluation
 
     settings, steps = sources.config.evaluation, sources.config.training.steps
-    sequences = FixedSequences.take(sources["test"], settings.sequences, sources.config.training.batch_size)
+    sequences = FixedSequences.take(_opened(sources, "test"), settings.sequences, sources.config.training.batch_size)
     with progress("evaluating", len(sequences.batches), console=console) as show:
         rows = evaluation.evaluate(model, sequences, settings, show)
     console.print(evaluation.table(rows, f"{run.path}: {settings.sequences:,} test sequences after {steps:,} steps"))
     try:
-        evaluation.save(rows, settings.sequences, run.evaluation_file)
-    except OSError as error:
+        with run.lock():
+            evaluation.save(rows, settings.sequences, run.evaluation_file)
+    except (OSError, RunError) as error:
         print(f"tvae: warning: the metrics are not written: {error}", file=sys.stderr)
     wrong = [row.label for row in rows if row.unit == "nats/frame" and not math.isfinite(row.value)]
     if wrong:
@@ -425,9 +508,11 @@ def _draw(run: Run, model: SequenceModel, sources: Sources) -> None:
     """Draw the capsule traversals, or the torus of a model of still images, into the run and print the path."""
     from . import figures
 
-    name, figure = figures.portrait(model, sources["test"], sources.config.training.batch_size)
-    path = run.figures / f"{name}.png"
-    figures.save(figure, path)
+    source = _opened(sources, "test")
+    with phase("drawing", console):
+        name, figure = figures.portrait(model, source, sources.config.training.batch_size)
+        path = run.figures / f"{name}.png"
+        figures.save(figure, path)
     titles = {"torus": "most activating images", "traversals": "capsule traversals"}
     console.print(f"{titles[name]}: {path}", soft_wrap=True, markup=False)
 
@@ -436,5 +521,9 @@ def _sprites(choice: Literal["auto", "sprites", "dsprites"], data_dir: Path | No
     """Say what stands for dSprites."""
     if choice != "auto":
         return choice
-    folder = data_dir or CACHE.expanduser() / "dsprites"
-    return "dsprites" if DSpritesSequences.file(folder).exists() else "sprites"
+    if data_dir is None:
+        try:
+            data_dir = expanded(CACHE) / "dsprites"
+        except ValueError:  # without a home folder there is no cache
+            return "sprites"
+    return "dsprites" if DSpritesSequences.file(data_dir).exists() else "sprites"

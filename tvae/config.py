@@ -86,7 +86,7 @@ class TrainingSettings:
     precision: Precision = "32-true"
     """Of the matrix products in training: float32; float32 with factors rounded to TF32 (10 bits of fraction), on
     GPUs that have it; or bfloat16 (7 bits), the rest in float32, which on most CPUs is slower than float32."""
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**53)] = 0
     """Decides initial weights, sequences and noise."""
 
 
