@@ -235,6 +235,15 @@ def test_taps_that_are_always_outside_cost_nothing(backend, device, neighborhood
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
 
 
+def test_a_long_window_on_padded_capsules_keeps_the_length_of_u(backend, device):
+    neighborhood = Neighborhood(4, 1, time_boundary="zero", capsule_boundary="padded")  # of 2 frames it sees 3 taps
+    shape = (1, 2, 1, 3)
+    z, u = normal(*shape).to(device), normal(*neighborhood.shape_of_u(shape), seed=1).to(device)
+    v = definition(u.cpu(), neighborhood, 3)
+    expected = (z.cpu() - 0.3) / (v[0] + 1e-6).sqrt()
+    torch.testing.assert_close(topographic(z, u, 0.3, neighborhood, backend=backend).cpu(), expected)
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "capsule"])
 @pytest.mark.parametrize(
     "neighborhood",

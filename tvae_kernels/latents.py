@@ -87,6 +87,7 @@ def topographic_latents(
     if not 0 <= first <= of - len(z):
         raise ValueError(f"{len(z)} sequences from number {first} on are not in a batch of {of}")
     if noise is not None:
+        noise = noise[:2] if isinstance(noise, Noise) else noise
         if not isinstance(noise, (tuple, list)) or len(noise) != 2:
             raise TypeError(f"noise must be a tensor for z and one for u, got {type(noise).__name__}")
         for name, x in zip(("the noise for z", "the noise for u"), noise, strict=True):

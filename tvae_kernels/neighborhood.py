@@ -277,8 +277,9 @@ class Neighborhood:
         """Return the window without taps that are outside for every element of capsules of `dim` positions.
 
         It is centred as this one is: of its weights those in the middle are left, and where it is causal the last rows.
+        Where capsules are padded all are kept: how long `u` is follows from them.
         """
-        if self.time_boundary != "zero" and self.capsule_boundary != "zero":
+        if "zero" not in (self.time_boundary, self.capsule_boundary) or self.capsule_boundary == "padded":
             return self
         time, windows = self.time_window, self.capsule_window if self.is_multidimensional else (self.capsule_window,)
         if self.time_boundary == "zero":
