@@ -209,3 +209,23 @@ def test_fixed_sequences_are_the_first_of_the_seeded_stream_in_whole_batches():
     assert len(fixed.batches) == 3
     for i, batch in enumerate(fixed.batches):
         assert_same(batch, SequenceStream(source, 10, EVALUATION_SEED)[i])
+
+
+@pytest.mark.parametrize("kind", ["mnist", "sprites"])
+def test_sources_make_the_same_whatever_the_defaults_are(kind, mnist_dir):
+    """float32 on the source's own device, here with a default device that has no memory."""
+
+    def first():
+        source = MNISTSequences(mnist_dir, "train") if kind == "mnist" else SpriteSequences()
+        return SequenceStream(source, 4, seed=0)[1]
+
+    expected, before = first(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            actual = first()
+    finally:
+        torch.set_default_dtype(before)
+    assert actual.images.dtype == torch.float32
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y

@@ -38,6 +38,13 @@ def test_t_is_the_topographic_variable_of_the_sampled_z_and_u(model, batch):
     torch.testing.assert_close(t, expected)
 
 
+def test_hooks_on_the_layer_see_every_step(model, batch):
+    calls = []
+    model.topographic.register_forward_hook(lambda module, arguments, result: calls.append(len(arguments)))
+    model(batch)
+    assert calls == [2]
+
+
 def test_without_sampling_t_is_taken_at_the_means_of_z_and_of_u_squared(model, batch):
     qz, qu = model.posterior(batch.images)
     draws = torch.cat([qu.sample((100,)).square() for _ in range(40)])

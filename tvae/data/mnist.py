@@ -45,12 +45,12 @@ class MNISTSequences(SequenceSource):
         self.device = torch.device(device)
         images, self.labels = _read_mnist(Path(data_dir), split, download)
         self.images = images.to(self.device)  # (example, 28, 28) uint8
-        angle = torch.tensor(self.factors[0].values, dtype=torch.float64).deg2rad()
+        angle = torch.tensor(self.factors[0].values, dtype=torch.float64, device="cpu").deg2rad()
         self._cos, self._sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)
         self._scale = torch.tensor(self.factors[1].values, dtype=torch.float32, device=self.device)
         hue = self.factors[-1].values
-        self._colour = torch.tensor([colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue], dtype=torch.float32)
-        self._colour = self._colour.to(self.device)
+        colours = [colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue]
+        self._colour = torch.tensor(colours, dtype=torch.float32, device=self.device)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -175,7 +175,7 @@ def _read_mnist(data_dir: Path, split: str, download: bool) -> tuple[Tensor, Ten
         raise DataError(f"MNIST in {data_dir / 'MNIST'} should have labels from 0 to 9, found {found}")
     if split == "test":
         return mnist.data, mnist.targets
-    order = torch.randperm(len(mnist.data), generator=seeded_generator(0))
+    order = torch.randperm(len(mnist.data), generator=seeded_generator(0), device="cpu")
     cut = len(order) * 4 // 5
     kept = order[:cut] if split == "train" else order[cut:]
     return mnist.data[kept], mnist.targets[kept]

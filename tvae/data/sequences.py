@@ -107,8 +107,10 @@ class SequenceSource(ABC):
     def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the factors (B, F) of the first frames of sequences of the examples (B,), uniformly, all on the CPU."""
         if not self.factors:
-            return torch.zeros(len(examples), 0, dtype=torch.int64)
-        return torch.stack([torch.randint(n, examples.shape, generator=generator) for n in self.sizes], dim=-1)
+            return torch.zeros(len(examples), 0, dtype=torch.int64, device=examples.device)
+        return torch.stack(
+            [torch.randint(n, examples.shape, generator=generator, device=generator.device) for n in self.sizes], dim=-1
+        )
 
     def label(self, examples: Tensor, factors: Tensor) -> Tensor | None:
         """Return the classes (B,) of the examples (B,) at the factors (B, S, F), all on the CPU; None without any."""
@@ -133,7 +135,8 @@ class SequenceSource(ABC):
 
     def axis(self, transformation: Tensor) -> Tensor:
         """Return the numbers (B,) of transformations (B,) among those of the source, from 0; on the CPU."""
-        return torch.searchsorted(torch.tensor(sorted(self.transformations)), transformation)
+        known = torch.tensor(sorted(self.transformations), device=transformation.device)
+        return torch.searchsorted(known, transformation)
 
     def advance(self, starts: Tensor, transformation: Tensor) -> Tensor:
         """Return the factors (B, S, F) of every frame of the sequences that `sequences` makes, all on the CPU."""
@@ -141,9 +144,9 @@ class SequenceSource(ABC):
             return starts[:, None].expand(-1, self.sequence_length, -1)
         step = F.one_hot(transformation, len(self.factors))[:, None]
         if self.combined:
-            step = torch.tensor([[[int(factor.transforms) for factor in self.factors]]])
-        time = torch.arange(self.sequence_length)[:, None]
-        return (starts[:, None] + time * step) % torch.tensor(self.sizes)
+            step = torch.tensor([[[int(factor.transforms) for factor in self.factors]]], device=starts.device)
+        time = torch.arange(self.sequence_length, device=starts.device)[:, None]
+        return (starts[:, None] + time * step) % torch.tensor(self.sizes, device=starts.device)
 
 
 class SequenceStream(Dataset[SequenceBatch]):
@@ -177,7 +180,7 @@ class SequenceStream(Dataset[SequenceBatch]):
         self.seed = seed
         share = batch_size // processes
         self.part = slice(rank * share, (rank + 1) * share)
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -194,15 +197,17 @@ class SequenceStream(Dataset[SequenceBatch]):
         epoch, step = divmod(i, self.steps_per_epoch)
         examples = self._examples_of(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         generator = seeded_generator(self.seed, _BATCH, i)
-        choices = torch.tensor(list(self.source.transformations) or [0])
-        transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator)]
+        choices = torch.tensor(list(self.source.transformations) or [0], device="cpu")
+        transformation = choices[torch.randint(len(choices), (self.batch_size,), generator=generator, device="cpu")]
         starts = self.source.start_poses(examples, generator)
         return examples[self.part], starts[self.part], transformation[self.part]
 
     def _examples_of(self, epoch: int) -> Tensor:
         """Return the examples in the epoch's order; the last epoch asked for is kept."""
         if epoch != self._epoch:
-            self._order = torch.randperm(len(self.source), generator=seeded_generator(self.seed, _EPOCH, epoch))
+            self._order = torch.randperm(
+                len(self.source), generator=seeded_generator(self.seed, _EPOCH, epoch), device="cpu"
+            )
             self._epoch = epoch
         return self._order
 

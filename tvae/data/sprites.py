@@ -49,7 +49,7 @@ SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (square, ellipse, heart
 
 def implicit(shape: int, scale: float, orientation: float, size: int) -> Tensor:
     """Implicit function of a sprite in the middle of an image, at the pixel centres: (size, size) float64."""
-    centres = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    centres = torch.arange(size, dtype=torch.float64, device="cpu") - (size - 1) / 2
     x, y = centres[None, :], -centres[:, None]  # rows grow downwards
     cos, sin = math.cos(orientation), math.sin(orientation)
     return SHAPES[shape]((cos * x + sin * y) / scale, (cos * y - sin * x) / scale)
