@@ -27,6 +27,9 @@ def test_configurations_of_older_runs_are_read():
     older = known = 0
     for file in (Path(__file__).parent.parent / "results").glob("*/config.json"):
         written, config = json.loads(file.read_text()), Config.from_json(file.read_text())
+        if "training" in written:  # in the form of today
+            assert config.to_json() == file.read_text()
+            continue
         older += written.keys().isdisjoint(added)
         known += written.get("told_axis", False)
         written = {**added, **written}
