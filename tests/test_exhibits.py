@@ -108,6 +108,7 @@ def reproduced(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "panels"),
     [("fig4", 2 * 4), ("fig12", 12), ("fig1", 4), ("figB4", 4 * 6), ("covariance", 2 * 2 + 1), ("fig5", 2)],

@@ -251,7 +251,7 @@ def test_a_long_window_on_padded_capsules_keeps_the_length_of_u(backend, device)
         Neighborhood(9, 2, time_boundary="zero"),
         Neighborhood(8, 2, 0.5, causal=True, time_boundary="zero", roll="fourier"),
         Neighborhood(2, 40, 0.5, capsule_boundary="zero"),
-        Neighborhood(2, (40, 12), axes=(2, 2), capsule_boundary="zero"),
+        Neighborhood(2, (6, 4), axes=(2, 2), capsule_boundary="zero"),
         Neighborhood(9, (40, 12), axes=(2, 2), roots="each axis", capsule_boundary="zero", time_boundary="zero"),
     ],
     ids=repr,

@@ -184,6 +184,7 @@ def test_what_a_lane_cannot_hold_is_composed(triton, device):
             assert len(names) == 1, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so
 @pytest.mark.parametrize("given", [False, exhaustive(True)])
 def test_compiled_in_one_graph(backend, device, given):

@@ -310,6 +310,7 @@ def test_infinite_and_undefined_values_stay_in_their_windows(kernel_backend, dev
         assert 0 < (t != clean).sum() < t.numel() / 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "name", ["a root for each axis", "padded", exhaustive("fractional speeds"), exhaustive("phase shift")]
