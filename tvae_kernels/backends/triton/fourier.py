@@ -220,7 +220,7 @@ def _prepared(window: Window, sizes: Sizes, weighted: bool, dtype: torch.dtype, 
         by_weight = torch.arange(weights, device=device)[:, None]
     return Prepared(
         (fourier_forward_kernel, fourier_backward_kernel),
-        {"P": constants(Phases, fields), "num_warps": 2},
+        {"P": constants(Phases, fields), "num_warps": 4 if weighted else 2},  # else its registers spill
         (h, groups, S, S_U, C, tiles_s),
         tiles_s,
         tiles_s,
