@@ -363,9 +363,9 @@ class Tilted(SequenceModel):
     def encode(self, batch, sample=True):
         return self.posterior(batch.images)[0].mean
 
-    def latents(self, batch):
+    def forward(self, batch):
         t = self.encode(batch)
-        return t, {"tilt": self.settings.tilt * t.square().sum((2, 3))}
+        return self.bound(batch, t, {"tilt": self.settings.tilt * t.square().sum((2, 3))})
 
 
 @pytest.fixture

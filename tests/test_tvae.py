@@ -187,6 +187,20 @@ def test_a_model_is_told_along_which_axis_each_sequence_rolls(batch, tmp_path):
     assert torch.equal(loaded.reconstruct(batch), model.reconstruct(batch))
 
 
+def test_the_motion_of_its_own_is_the_roll_that_traversals_show(model, batch):
+    moved = model.moved(batch)
+    assert torch.equal(moved[:, 0], model.encode(batch, sample=False)[:, 0])
+    torch.testing.assert_close(model.likelihood.mean(model.decode(moved)), model.traverse(batch), rtol=0, atol=0)
+
+    axes = Neighborhood(3, 1, axes=(2, 3), roots="each axis")
+    assert TVAE(SHAPE, 3, 6, axes).moved(batch) is None  # along which of the two?
+    told = TVAE(SHAPE, 3, 6, axes, told_axis=True)
+    batch = batch._replace(axis=torch.tensor([1, 0]))
+    along = [told.traverse(batch, axis=a) for a in (0, 1)]
+    expected = torch.stack((along[1][0], along[0][1]))
+    torch.testing.assert_close(told.likelihood.mean(told.decode(told.moved(batch))), expected, rtol=0, atol=0)
+
+
 def test_a_model_that_is_not_told_takes_no_axis(batch):
     axis = torch.tensor([1, 0])
     with pytest.raises(ValueError, match="told_axis needs a root for each axis, got Neighborhood"):

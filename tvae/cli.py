@@ -491,7 +491,7 @@ def _report(run: Run, model: SequenceModel, sources: Sources) -> int:
     settings, steps = sources.config.evaluation, sources.config.training.steps
     sequences = FixedSequences.take(_opened(sources, "test"), settings.sequences, sources.config.training.batch_size)
     with progress("evaluating", len(sequences.batches), console=console) as show:
-        rows = evaluation.evaluate(model, sequences, settings, show)
+        rows = evaluation.evaluate(model, sequences, settings, show, lambda: _opened(sources, "train"))
     console.print(evaluation.table(rows, f"{run.path}: {settings.sequences:,} test sequences after {steps:,} steps"))
     try:
         with run.lock():

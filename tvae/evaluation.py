@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import EvaluationSettings
-from .data import EVALUATION_SEED, FixedSequences
+from .data import EVALUATION_SEED, FixedSequences, SequenceSource
 from .files import replacing
 from .metrics import METRICS, Row
 from .models import SequenceModel
@@ -24,6 +24,7 @@ def evaluate(
     sequences: FixedSequences,
     settings: EvaluationSettings,
     show: Callable[[int], object] = lambda done: None,
+    training: Callable[[], SequenceSource] | None = None,
 ) -> list[Row]:
     """Measure every metric that applies to the model and the source.
 
@@ -34,6 +35,8 @@ def evaluate(
         sequences: what to evaluate it on.
         settings: how.
         show: called with the number of batches that are done.
+        training: opens the training split, for metrics that are fitted to it; without it they leave out what they need
+            it for.
 
     Raises:
         ValueError: the likelihood of the model is not one of such images.
@@ -45,6 +48,9 @@ def evaluate(
     model.eval()
     model.likelihood.check(sequences.batches[0].images)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for metric in metrics:
+            if metric.fits and training is not None:
+                metric.fit(model, training())
         torch.manual_seed(EVALUATION_SEED)
         for done, batch in enumerate(sequences.batches, 1):
             elbo = model(batch)

@@ -68,6 +68,7 @@ class SequenceSource(ABC):
     sequence_length: int
     factors: tuple[Factor, ...] = ()
     classes: tuple[str, ...] = ()  # what the labels stand for
+    open_paths: ClassVar[bool] = False  # what advances starts at index 0 and never comes back to it
     combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
     files: ClassVar[str | None] = None  # folder of the cache that holds what the source reads; None if it reads nothing
     device: torch.device = torch.device("cpu")

@@ -37,6 +37,7 @@ class EvaluationMetric(Metric):
     """
 
     key: ClassVar[str]
+    fits: ClassVar[bool] = False  # is fitted to sequences that the model was trained on, by `fit`
     full_state_update = False
 
     @classmethod
@@ -48,6 +49,9 @@ class EvaluationMetric(Metric):
     def build(cls, model: SequenceModel, source: SequenceSource, settings: EvaluationSettings) -> EvaluationMetric:
         """Make the metric for a model and a source."""
         return cls()
+
+    def fit(self, model: SequenceModel, training: SequenceSource) -> None:
+        """Fit what the metric needs to sequences of the training split, before any is measured."""
 
     def measure(self, model: SequenceModel, batch: SequenceBatch, elbo: ELBO) -> None:
         """Add a batch, and what the model says of it."""

@@ -193,8 +193,9 @@ class CapCorr(EvaluationMetric):
 
     @classmethod
     def applies(cls, model: SequenceModel, source: SequenceSource) -> bool:
-        """Say that it takes capsules that can move, in sequences that advance a factor."""
-        return model.rolls is not None and source.sequence_length > 1 and bool(source.transformations)
+        """Say that it takes capsules that can move, in sequences that advance a factor, from anywhere on its circle."""
+        moving = source.sequence_length > 1 and bool(source.transformations) and not source.open_paths
+        return model.rolls is not None and moving
 
     @classmethod
     def build(cls, model: SequenceModel, source: SequenceSource, settings: EvaluationSettings) -> CapCorr:

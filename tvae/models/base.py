@@ -29,15 +29,16 @@ from tvae_kernels import Neighborhood, roll_capsules
 from ..data import SequenceBatch, SequenceSource
 from ..files import checksum, replacing
 from ..settings import Count, settings
-from .layers import MLP, STANDARD_NORMAL, Axis, Capsules, Frames, Images, Parameters, folded, framewise, project
+from .layers import MLP, STANDARD_NORMAL, Axis, Capsules, Frames, Images, Mix, Parameters, folded, framewise, project
 from .likelihoods import LIKELIHOODS
 
 
 class ELBO(NamedTuple):
     """The evidence lower bound of Eq. 12, frame by frame, in nats, and what training makes as large as it can.
 
-    `terms` are the numbers that it is made of, by name: "log_likelihood", and what it costs, as "kl_z". `t` is the
-    sample that it was taken at, `axis` along which the model knew each sequence to roll.
+    `terms` are the numbers that it is made of, by name: "log_likelihood", and what it costs, as "kl_z"; in training
+    also what is added to the objective alone. `t` is the sample that it was taken at, `axis` along which the model knew
+    each sequence to roll.
     """
 
     total: Frames
@@ -45,6 +46,10 @@ class ELBO(NamedTuple):
     objective: Frames
     t: Capsules
     axis: Axis | None = None
+
+    def penalised(self, penalty: Frames, **terms: Frames) -> ELBO:
+        """Subtract a penalty from the objective, in nats a frame, and log further `terms`; the bound stays."""
+        return self._replace(objective=self.objective - penalty, terms={**self.terms, **terms})
 
 
 @settings
@@ -72,8 +77,8 @@ class ModelSettings:
 class SequenceModel(nn.Module):
     """A model of sequences of images, which divides its latent variables into capsules.
 
-    A model of one's own has a `name`, a class of `Settings` and the methods `posterior`, `topography` and `encode`, and
-    is given its place in `MODELS` by `register`; or it changes what it wants of one of the models here.
+    A model of one's own has a `name`, a class of `Settings` and the methods `posterior`, `topography`, `encode` and
+    `forward`, and is given its place in `MODELS` by `register`; or it changes what it wants of one of the models here.
 
     Args:
         image_shape: `(channel, height, width)` of a frame.
@@ -87,6 +92,7 @@ class SequenceModel(nn.Module):
     name: ClassVar[str]
     Settings: ClassVar[type[ModelSettings]] = ModelSettings
     rolls: Neighborhood  # how capsules move
+    shares_latents: ClassVar[bool] = False  # frames of a sequence are decoded from latent variables of other frames
     frames_before: int = 0  # frames of latent variables before the first of the sequence
 
     def __init_subclass__(cls, **arguments):
@@ -128,8 +134,28 @@ class SequenceModel(nn.Module):
         """Return the capsules of sequences: `t` at a sample of the posterior, or at its most typical value."""
 
     @abstractmethod
-    def latents(self, batch: SequenceBatch) -> tuple[Capsules, dict[str, Frames]]:
-        """Return `t` at a sample of the posterior, and by name what the posterior costs, in nats a frame."""
+    def forward(self, batch: SequenceBatch) -> ELBO:
+        """Return one sample of the evidence lower bound of every frame (Eq. 12), its terms, and what training wants."""
+
+    def moved(self, batch: SequenceBatch, mix: Mix | None = None) -> Capsules | None:
+        """Return the path that the model's own motion takes from the capsules of frame 0; None without such a motion.
+
+        Nothing is drawn: the path starts where `encode(batch, sample=False)` does.
+
+        Args:
+            batch: the sequences.
+            mix: how much of each transformation every step takes, for models that are told the transformations: by
+                default all of that of the sequence. Others find out for themselves, or do not.
+
+        """
+        return None
+
+    def parameter_groups(self) -> list[dict]:
+        """Return what the optimiser is given: all parameters in one group, with nothing of its own.
+
+        A group may say how it is trained, where that is another way: with "lr", and for Adam with "betas".
+        """
+        return [{"params": list(self.parameters())}]
 
     def axis(self, batch: SequenceBatch) -> Axis | None:
         """Return along which axis of its capsules the model knows each sequence to roll; None if it is not told."""
@@ -143,9 +169,8 @@ class SequenceModel(nn.Module):
 
     # --- what follows -------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: SequenceBatch) -> ELBO:
-        """Return one sample of the evidence lower bound of every frame (Eq. 12), and its terms."""
-        t, costs = self.latents(batch)
+    def bound(self, batch: SequenceBatch, t: Capsules, costs: dict[str, Frames]) -> ELBO:
+        """Return the evidence lower bound at a sample `t` of the posterior, with what that costs, by name."""
         log_likelihood = self.likelihood.log_prob(self.decode(t), batch.images)
         total = log_likelihood
         for cost in costs.values():

@@ -16,6 +16,7 @@ Capsules = Float[Tensor, "batch time capsule dim"]
 Parameters = Float[Tensor, "batch time 2 capsule dim"]  # means and log-variances
 Frames = Float[Tensor, "batch time"]
 Axis = Int[Tensor, " batch"]  # along which axis of the capsules each sequence rolls, for models that are told
+Mix = Float[Tensor, "batch step transformation"]  # how much of each transformation leads from a frame to the next
 
 STANDARD_NORMAL = Normal(0.0, 1.0, validate_args=False)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from tvae_kernels import Neighborhood, TopographicLayer
+from tvae_kernels import Neighborhood, TopographicLayer, roll_capsules
 
 from ..data import SequenceBatch, SequenceSource
 from ..settings import Number, settings
-from .base import ModelSettings, SequenceModel
-from .layers import Axis, Capsules, Frames, Images, Parameters, folded, gaussian
+from .base import ELBO, ModelSettings, SequenceModel
+from .layers import Axis, Capsules, Images, Mix, Parameters, folded, gaussian
 
 _MOST_MU = 1.0  # that may be divided by a single |u|
 
@@ -153,12 +153,13 @@ class TVAE(SequenceModel):
             raise ValueError(f"a model with told_axis={self.settings.told_axis} got the axis {axis}")
         return self.topographic(z, u, axis)
 
-    def latents(self, batch: SequenceBatch) -> tuple[Capsules, dict[str, Frames]]:
-        """Return `t` at a sample of the posterior, and the divergences of `z` and `u`; on a GPU in one kernel."""
+    def forward(self, batch: SequenceBatch) -> ELBO:
+        """Return one sample of the bound, which the divergences of `z` and `u` cost; on a GPU in one kernel."""
         x = batch.images
         parameters = self.posterior_parameters(x)
         found = self.topographic(*parameters, first=batch.first, of=batch.total, axis=self.axis(batch))
-        return found.t, {"kl_z": found.kl_z, "kl_u": folded(found.kl_u, x.shape[1], self.frames_before)}
+        costs = {"kl_z": found.kl_z, "kl_u": folded(found.kl_u, x.shape[1], self.frames_before)}
+        return self.bound(batch, found.t, costs)
 
     def encode(self, batch: SequenceBatch, sample: bool = True) -> Capsules:
         """Return `t` at a sample of the posterior, or where `z` and `u²` have their means.
@@ -168,6 +169,22 @@ class TVAE(SequenceModel):
         qz, qu = self.posterior(batch.images)
         z, u = (qz.rsample(), qu.rsample()) if sample else (qz.mean, (qu.mean.square() + qu.variance).sqrt())
         return self.topography(z, u, self.axis(batch))
+
+    def moved(self, batch: SequenceBatch, mix: Mix | None = None) -> Capsules | None:
+        """Roll the capsules of frame 0 by one more step every frame, as `traverse`; whatever the mix, for none is told.
+
+        None where they may roll along one of several axes and the model is not told which.
+        """
+        if self.rolls.root_count > 1 and not self.settings.told_axis:
+            return None
+        t, steps = self.encode(batch, sample=False)[:, 0], batch.images.shape[1]
+        if self.rolls.root_count == 1:
+            return torch.stack([roll_capsules(t, step, self.rolls) for step in range(steps)], dim=1)
+        along = [
+            torch.stack([roll_capsules(t, step, self.rolls, a) for step in range(steps)], dim=1)
+            for a in range(self.rolls.root_count)
+        ]
+        return torch.stack(along)[self.axis(batch), torch.arange(len(t), device=t.device)]
 
     def sample(self, sequences: int, time: int, axis: Axis | None = None) -> Images:
         """Draw images of `sequences` sequences of `time` frames from the prior, on the model's device."""

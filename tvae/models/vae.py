@@ -10,8 +10,8 @@ from tvae_kernels import Neighborhood
 
 from ..data import SequenceBatch
 from ..settings import settings
-from .base import ModelSettings, SequenceModel
-from .layers import Axis, Capsules, Frames, Images, gaussian, kl_from_prior
+from .base import ELBO, ModelSettings, SequenceModel
+from .layers import Axis, Capsules, Images, gaussian, kl_from_prior
 
 
 @settings
@@ -65,14 +65,21 @@ class VAE(SequenceModel):
         """Return the capsules `t` of their Gaussian variables; without topography `t = z`."""
         return z
 
-    def latents(self, batch: SequenceBatch) -> tuple[Capsules, dict[str, Frames]]:
-        """Return `z` at a sample of the posterior, and its divergence from the prior."""
-        x = batch.images
-        (q,) = self.posterior(x)
-        # Processes that share a batch draw the noise of all of it, and take what is theirs.
-        total = len(x) if batch.total is None else batch.total
-        noise = torch.randn(total, *q.mean.shape[1:], dtype=q.mean.dtype, device=x.device)
-        return q.mean + noise[batch.first : batch.first + len(x)] * q.stddev, {"kl_z": kl_from_prior(q)}
+    def drawn(self, q: Normal, batch: SequenceBatch) -> Capsules:
+        """Draw one sample of `q(z|x)`; processes that share a batch draw the noise of all of it, and take theirs."""
+        count = len(q.mean)
+        noise = torch.randn(batch.total or count, *q.mean.shape[1:], dtype=q.mean.dtype, device=q.mean.device)
+        return q.mean + noise[batch.first : batch.first + count] * q.stddev
+
+    def forward(self, batch: SequenceBatch) -> ELBO:
+        """Return one sample of the evidence lower bound of every frame, and its terms; in training less a penalty."""
+        (q,) = self.posterior(batch.images)
+        elbo = self.bound(batch, self.drawn(q, batch), {"kl_z": kl_from_prior(q)})
+        return self.regularised(elbo, q) if self.training else elbo
+
+    def regularised(self, elbo: ELBO, q: Normal) -> ELBO:
+        """Change what training maximises: here nothing. A rival subtracts a penalty, with noise drawn after `z`'s."""
+        return elbo
 
     def encode(self, batch: SequenceBatch, sample: bool = True) -> Capsules:
         """Return `z` at a sample of the posterior, or at its mean."""

@@ -11,10 +11,11 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
@@ -160,9 +161,14 @@ def _evaluate(job: Job, run: Run, sources: Sources, show_progress: bool) -> None
             (0, untrained, job.untrained_file),
             (batches, run.load_model(source.device), run.evaluation_file),
         ):
-            rows = evaluation.evaluate(model, sequences, settings, lambda done: show(before + done))  # noqa: B023
+            shown = partial(_shown, show, before)
+            rows = evaluation.evaluate(model, sequences, settings, shown, lambda: sources["train"])
             with run.writing():
                 evaluation.save(rows, settings.sequences, file)
+
+
+def _shown(show: Callable[[int], object], before: int, done: int) -> None:
+    show(before + done)
 
 
 def carry_out_all(jobs: list[Job], device: torch.device, workers: int | None, console: Console) -> bool:

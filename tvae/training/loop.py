@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager, nullcontext
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from tvae_kernels import Neighborhood
@@ -131,11 +130,14 @@ def untrained_model(config: Config, source: SequenceSource) -> SequenceModel:
     return config.build_model(source.image_shape)
 
 
-def build_optimizer(settings: TrainingSettings, model: nn.Module) -> Optimizer:
+def build_optimizer(settings: TrainingSettings, model: SequenceModel) -> Optimizer:
     """Make the optimiser of all parameters: SGD with momentum, as the paper, or Adam; fused, one pass over memory."""
+    groups = model.parameter_groups()
     if settings.optimizer == "adam":
-        return Adam(model.parameters(), lr=settings.learning_rate, fused=True)
-    return SGD(model.parameters(), lr=settings.learning_rate, momentum=settings.momentum, fused=True)
+        return Adam(groups, lr=settings.learning_rate, fused=True)
+    for group in groups:
+        group.pop("betas", None)  # Adam's alone
+    return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
 
 
 def seed_noise(seed: int, step: int) -> None:
