@@ -74,7 +74,7 @@ def test_the_published_rows_have_the_windows_of_the_paper():
 
 def test_fig5_averages_the_transformations_for_each_seed():
     def line(key, part, model, length, ours):
-        names = (key, part, f"{key} {part}", 2, f"{model}{length}", model, length, "1", "free")
+        names = (key, part, f"{key} {part}", 2, f"{model}{length}", model, length, "1", "free", f"a {model}")
         return Line(*names, paper=(0.3, 0.1), ours=ours, chance=0.2, untrained=(1.0, 1.0))
 
     third, less = Fraction(1, 3), Fraction(4, 15)

@@ -89,6 +89,18 @@ def test_a_table_holds_paper_ours_chance_and_untrained_by_metric_and_model(jobs,
     assert content["rows"][-1]["ours"] is None
 
 
+def test_where_the_paper_prints_nothing_models_are_described(jobs):
+    models = {name: {} for name in EXHIBIT.models}
+    text = tables.to_markdown(tables.collect(EXHIBIT.title, models, jobs, note="Look at the frames."))
+    lines = text.splitlines()
+    assert lines[2:4] == ["| metric | model | ours | chance | untrained |", "|---|---|---:|---:|---:|"]
+    assert "| E_eq | TVAE, L=5/36, K=3 | 3,000 ± 0 | -436 | 2,000 ± 0 |" in lines
+    assert "|  | VAE | 6,000 ± 0 | -436 | 5,000 ± 0 |" in lines
+    assert text.endswith("before training. Look at the frames.\n")
+    assert tables._description("mnist-vae", models) == "VAE"
+    assert tables._description("mnist-vae", [*models, "sprites-vae"]) == "mnist: VAE"
+
+
 def test_what_a_label_says_does_not_matter(jobs):
     """Files of before 0.2, which know metrics by their labels alone, give the same table."""
     before = tables.to_markdown(collect(jobs))

@@ -234,7 +234,7 @@ class Reproduce:
         if not runs.carry_out_all(jobs, device, self.jobs, console):
             console.print("Interrupted; the state is saved. Go on with the same command.")
             return 130
-        results = tables.collect(exhibit.title, exhibit.models, jobs, exhibit.reported)
+        results = tables.collect(exhibit.title, exhibit.models, jobs, exhibit.reported, exhibit.note)
         files, picture = tables.write(results, self.target, output), None
         if exhibit.draw is not None:
             picture = output / f"{self.target}.png"

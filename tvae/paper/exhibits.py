@@ -41,6 +41,7 @@ class Exhibit:
     models: dict[str, Printed]
     draw: Draw | None = None
     reported: tuple[str, ...] = REPORTED
+    note: str = ""
 
     def with_data(self, sprites: str) -> Exhibit:
         """Return the same with the models of "sprites" or of "dsprites" data."""

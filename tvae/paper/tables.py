@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -46,6 +46,7 @@ class Line:
     L: Fraction | None
     K: str
     weights: str
+    description: str  # of the model, and of its data where the table has several
     paper: tuple[float, float] | None
     ours: tuple[float, ...]
     chance: float
@@ -61,7 +62,9 @@ class Results:
     lines: list[Line]
 
 
-def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: Sequence[str] = REPORTED) -> Results:
+def collect(
+    title: str, models: dict[str, Printed], jobs: list[Job], reported: Sequence[str] = REPORTED, note: str = ""
+) -> Results:
     """Make the table of an exhibit from its finished runs: by metric, then by model.
 
     Args:
@@ -69,6 +72,7 @@ def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: S
         models: the numbers that the paper prints of each model, by preset.
         jobs: the runs.
         reported: keys of the metrics to report.
+        note: what else stands below the table.
 
     Raises:
         RunError: the evaluations do not belong together.
@@ -91,6 +95,7 @@ def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: S
                     row.digits,
                     preset,
                     *_in_the_papers_terms(runs[0].config),
+                    _description(preset, models),
                     paper=printed.get(metric),
                     ours=tuple(rows[metric].value for rows in trained),
                     chance=row.chance,
@@ -101,7 +106,7 @@ def collect(title: str, models: dict[str, Printed], jobs: list[Job], reported: S
         raise RunError(f"the runs have none of the metrics {', '.join(reported)}")
     order = list(dict.fromkeys((line.key, line.part) for line in lines))
     lines.sort(key=lambda line: order.index((line.key, line.part)))  # a stable sort: models stay in the paper's order
-    return Results(_title(title, jobs), _note(jobs), lines)
+    return Results(_title(title, jobs), " ".join(filter(None, (_note(jobs), note))), lines)
 
 
 def _reported(file: Path, keys: Sequence[str]) -> dict[Metric, Row]:
@@ -114,6 +119,13 @@ def _in_the_papers_terms(config: Config) -> tuple[str, Fraction | None, str, str
     if length is None:
         return name, None, "", config.model.weights
     return name, length, str(config.model.neighborhood.capsule_window), config.model.weights
+
+
+def _description(preset: str, models: Iterable[str]) -> str:
+    """Return what a preset is, and of which data it is where there are models of several."""
+    data = PRESETS[preset].config.data
+    several = len({PRESETS[name].config.data.name for name in models}) > 1
+    return f"{data.name}: {PRESETS[preset].description}" if several else PRESETS[preset].description
 
 
 def _title(title: str, jobs: list[Job]) -> str:
@@ -129,27 +141,29 @@ def _note(jobs: list[Job]) -> str:
     seeds = len({job.config.training.seed for job in jobs})
     mean = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     sequences = " and ".join(f"{n:,}" for n in sorted({job.config.evaluation.sequences for job in jobs}))
+    samples = " and ".join(str(n) for n in sorted({job.config.evaluation.importance_samples for job in jobs}))
     return (
-        f"Ours: {mean}, evaluated on {sequences} sequences of the fixed test set, log p(x) in nats a frame from 10 "
-        "samples. Chance: a model that knows nothing of the individual frame. Untrained: the same models before "
-        "training."
+        f"Ours: {mean}, evaluated on {sequences} sequences of the fixed test set, log p(x) in nats a frame from "
+        f"{samples} samples. Chance: a model that knows nothing of the individual frame. Untrained: the same models "
+        "before training."
     )
 
 
 def to_markdown(results: Results) -> str:
-    """Write the table as Markdown, under its title in bold."""
-    rows = [
-        "| metric | model | L | K | weights | paper | ours | chance | untrained |",
-        "|---|---|---|---|---|---:|---:|---:|---:|",
-    ]
+    """Write the table as Markdown, under its title in bold: in the paper's terms, if it prints any of the numbers."""
+    printed = any(line.paper is not None for line in results.lines)
+    heads = ["model", "L", "K", "weights", "paper"] if printed else ["model"]
+    heads = ["metric", *heads, "ours", "chance", "untrained"]
+    rules = ["---:" if head in ("paper", "ours", "chance", "untrained") else "---" for head in heads]
+    rows = ["| " + " | ".join(heads) + " |", "|" + "|".join(rules) + "|"]
     above = None
     for line in results.lines:
         label = _SHORT.get((line.key, line.part), line.metric)
         metric, above, digits = "" if label == above else label, label, line.digits
-        paper = "" if line.paper is None else _plus_minus(*line.paper, digits)
         ours, untrained = (_plus_minus(*mean_and_std(values), digits) for values in (line.ours, line.untrained))
-        names = (metric, line.model, _text(line.L), line.K, line.weights)
-        rows.append("| " + " | ".join((*names, paper, ours, f"{line.chance:,.{digits}f}", untrained)) + " |")
+        paper = "" if line.paper is None else _plus_minus(*line.paper, digits)
+        names = (line.model, _text(line.L), line.K, line.weights, paper) if printed else (line.description,)
+        rows.append("| " + " | ".join((metric, *names, ours, f"{line.chance:,.{digits}f}", untrained)) + " |")
     return f"**{results.title}**\n\n" + "\n".join(rows) + f"\n\n{results.note}\n"
 
 
@@ -185,7 +199,8 @@ def write(results: Results, name: str, folder: Path) -> list[Path]:
 
 def _columns(line: Line) -> dict:
     """Lay a line out with means and standard deviations in columns of their own."""
-    columns = {name: getattr(line, name) for name in ("key", "part", "metric", "preset", "model", "L", "K", "weights")}
+    names = ("key", "part", "metric", "preset", "description", "model", "L", "K", "weights")
+    columns = {name: getattr(line, name) for name in names}
     columns["L"] = _text(line.L)
     columns["paper"], columns["paper std"] = line.paper or (None, None)
     columns["ours"], columns["ours std"] = mean_and_std(line.ours)
