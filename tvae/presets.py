@@ -145,8 +145,24 @@ def _add_topographies() -> None:
     add("learned", "TVAE, a learned window for each capsule", learned)
 
 
+_ADAM = {"optimizer": "adam", "learning_rate": 5e-4}  # of all models that are compared with rivals
+
+
+def _add_baselines() -> None:
+    """Add the VAE and the TVAE trained as their rivals are, which differ from the VAE in the objective alone."""
+    for data, window in (("mnist", (13, 3)), ("sprites", (10, 1))):
+        family = _family(data)
+        family = replace(family, training=replace(family.training, **_ADAM))
+        for model in (VAE, TVAE):
+            size, neighborhood = family.capsules, Neighborhood(*window)
+            values = model.Settings(size, size, **({"neighborhood": neighborhood} if model is TVAE else {}))
+            config = Config(family.data, values, family.training)
+            PRESETS[f"{data}-{model.name}-adam"] = Preset(config, f"{describe(config)}; Adam")
+
+
 _add_quickstart()
 _add_mnist()
 _add_sprites("sprites")
 _add_sprites("dsprites")
 _add_topographies()
+_add_baselines()
