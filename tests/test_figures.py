@@ -11,11 +11,12 @@ from tvae.figures import (
     FIGURE_SEED,
     Panel,
     Series,
-    _some_of_each,
     capcorr_against_coherence,
+    comparison,
     covariance,
     draw_panels,
     portrait,
+    some_of_each,
     squared_activation_correlation,
     torus_map,
     traversal_panels,
@@ -52,6 +53,21 @@ def test_rows_are_input_reconstruction_and_traversal_of_every_transformation():
         torch.testing.assert_close(shown[:, 2].float(), model.traverse(batch)[:, :, 0])
 
 
+def test_a_comparison_shows_the_motion_of_each_model_or_its_reconstruction():
+    source = SpriteSequences()
+    torch.manual_seed(0)
+    rolling, still = TVAE(source.image_shape, 1, 15, Neighborhood(5)), VAE(source.image_shape, 1, 15)
+    panels = comparison({"TVAE": rolling, "a VAE that stands still": still}, source).axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["scale", "orientation", "x", "y"]
+    labels = ["input", "TVAE, moved", "a VAE that stands still, reconstruction"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == labels
+    shown = torch.stack([frames(panel, 3, 15) for panel in panels]).float()
+    batch = SequenceBatch(shown[:, 0, :, None])
+    with torch.no_grad():
+        torch.testing.assert_close(shown[:, 1], rolling.traverse(batch)[:, :, 0])
+        torch.testing.assert_close(shown[:, 2], still.reconstruct(batch)[:, :, 0])
+
+
 def test_a_grid_shows_every_transformation_and_shape_evenly_in_two_columns():
     source = SpriteSequences()
     model = VAE(source.image_shape, 1, 15)
@@ -63,7 +79,7 @@ def test_a_grid_shows_every_transformation_and_shape_evenly_in_two_columns():
         round(panel.get_position().x0, 3) for panel in figure.axes
     )
     assert len({round(panel.get_position().x0, 3) for panel in figure.axes}) == 2
-    shapes = _some_of_each(source, 3).factors[:, 0, 0].tolist()
+    shapes = some_of_each(source, 3).factors[:, 0, 0].tolist()
     assert [set(shapes[i : i + 3]) for i in range(0, 12, 3)] == [{0, 1, 2}] * 4
 
 

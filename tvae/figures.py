@@ -5,6 +5,7 @@ All are drawn at fixed sizes in inches, without colours of their own: lines diff
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from torch import Tensor
 from .data import FixedSequences, SequenceBatch, SequenceSource, SequenceStream
 from .files import replacing
 from .models import SequenceModel
+from .models.layers import Mix
 
 FIGURE_SEED = 7
 _GREYED = 0.25  # visibility of frames that t_0 does not see
@@ -61,31 +63,68 @@ def traversal_panels(model: SequenceModel, source: SequenceSource, each: int = 1
     from its own t_l; images decoded from Roll_l(t_0), which continue the transformation in an equivariant model. One
     such row for every motion that the model has.
     """
-    batch = _some_of_each(source, each)
+    batch = some_of_each(source, each)
     model.eval()
     moved = model.traversals(batch)
     rows = {"input": batch.images, "reconstruction": model.reconstruct(batch), **moved}
     images = torch.stack(tuple(rows.values()), dim=1).clamp(0, 1).movedim(3, -1).cpu()  # (B, row, S, h, w, c)
     unseen = ~model.frames_seen(source.sequence_length)
     images[:, 0, unseen] = 1 - _GREYED * (1 - images[:, 0, unseen])
-    names = [title] * len(images)
-    if batch.transformation is not None:
-        names = [title + source.transformations[kind] for kind in batch.transformation.tolist()]
+    names = [title + name for name in titles_of(source, batch)]
     return [Panel(name, tuple(rows), x) for name, x in zip(names, images, strict=True)]
+
+
+@torch.no_grad()
+def comparison_panels(
+    models: dict[str, SequenceModel], batch: SequenceBatch, titles: list[str], mix: Mix | None = None
+) -> list[Panel]:
+    """Make a panel for every sequence: the input, and below it what each model makes of frame 0 by its own motion.
+
+    A model without a motion shows its reconstruction of every frame instead.
+
+    Args:
+        models: by the names of their rows.
+        batch: sequences that fit all of them.
+        titles: of the panels.
+        mix: how much of each transformation every step takes, as in `SequenceModel.moved`.
+
+    """
+    rows = {"input": batch.images}
+    for name, model in models.items():
+        path = model.eval().moved(batch, mix)
+        images = model.reconstruct(batch) if path is None else model.likelihood.mean(model.decode(path))
+        rows[f"{name}, " + ("reconstruction" if path is None else "moved")] = images
+    images = torch.stack(tuple(rows.values()), dim=1).clamp(0, 1).movedim(3, -1).cpu()
+    return [Panel(title, tuple(rows), x) for title, x in zip(titles, images, strict=True)]
+
+
+def comparison(models: dict[str, SequenceModel], source: SequenceSource, each: int = 1) -> Figure:
+    """Draw what models, by name, make of the same sequences, `each` of every transformation of the source."""
+    batch = some_of_each(source, each)
+    return draw_panels([comparison_panels(models, batch, titles_of(source, batch))])
+
+
+def titles_of(source: SequenceSource, batch: SequenceBatch) -> list[str]:
+    """Return the names of the transformations of a batch's sequences, where the source has any."""
+    if batch.transformation is None:
+        return [""] * len(batch.images)
+    return [source.transformations[kind] for kind in batch.transformation.tolist()]
 
 
 def draw_panels(columns: list[list[Panel]]) -> Figure:
     """Draw columns of panels from top to bottom, every frame at the same size."""
     heights = [sum(_TITLE + _FRAME * len(panel.images) for panel in column) for column in columns]
-    widths = [_LABELS + _FRAME * max(panel.images.shape[1] for panel in column) for column in columns]
+    labels = [max(_LABELS, *(_width(x) for panel in column for x in panel.labels)) for column in columns]
+    frames = [_FRAME * max(panel.images.shape[1] for panel in column) for column in columns]
+    widths = [sum(pair) for pair in zip(labels, frames, strict=True)]
     width, height = sum(widths) + _MARGIN, max(heights) + _MARGIN
     figure = Figure(figsize=(width, height))
     for i, column in enumerate(columns):
-        left, top = sum(widths[:i]) + _LABELS, height
+        left, top = sum(widths[:i]) + labels[i], height
         for panel in column:
-            rows, frames = panel.images.shape[:2]
+            rows, count = panel.images.shape[:2]
             top -= _TITLE + _FRAME * rows
-            box = (left / width, top / height, _FRAME * frames / width, _FRAME * rows / height)
+            box = (left / width, top / height, _FRAME * count / width, _FRAME * rows / height)
             axes = figure.add_axes(box)
             axes.set_title(panel.title, loc="left", fontsize=8, pad=2)
             image = mosaic(panel.images).numpy()
@@ -95,6 +134,11 @@ def draw_panels(columns: list[list[Panel]]) -> Figure:
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
     return figure
+
+
+def _width(label: str) -> float:
+    """Return the inches that a label takes: 7-point letters, of which 20 take less than one."""
+    return len(re.sub(r"[$_]", "", label)) / 20 + _MARGIN
 
 
 def mosaic(images: Float[Tensor, "row frame height width channel"]) -> Float[Tensor, "y x channel"]:
@@ -227,7 +271,7 @@ def save(figure: Figure, path: Path, caption: str = "") -> None:
         figure.savefig(partial, dpi=200, bbox_inches="tight", pad_inches=_MARGIN, format="png")
 
 
-def _some_of_each(source: SequenceSource, each: int) -> SequenceBatch:
+def some_of_each(source: SequenceSource, each: int) -> SequenceBatch:
     """Return the first sequences of every transformation in a fixed, seeded batch, with all shapes shown evenly.
 
     A shape is what no sequence changes: the first factor, where it does not transform. Of a source without
