@@ -342,5 +342,6 @@ def test_an_exhibit_is_reproduced(capsys):
     assert {file.suffix for file in Path("out").glob("small-moves.*")} == {".md", ".csv", ".json", ".png"}
     text = Path("out/small-moves.md").read_text()
     assert "How far small capsules move (reduced budget: 2 of 1,400 training steps)" in text
-    assert "| E_eq | TVAE | 1/3 | 1 | free |" in text
+    assert "| E_eq | small rolls | " in text
+    assert "|  | small stays | " in text
     assert "out/small-moves.md" in capsys.readouterr().out

@@ -54,8 +54,21 @@ def test_a_preset_is_what_its_name_says(name):
     assert config.evaluation == EvaluationSettings(1000, 10)
 
 
+COMPARED = [name for name in PRESETS if name.endswith("-adam")]
+
+
+def test_what_is_compared_with_rivals_is_trained_with_adam_in_sequences_and_steps_of_the_papers():
+    assert COMPARED == ["mnist-vae-adam", "mnist-tvae-adam", "sprites-vae-adam", "sprites-tvae-adam"]
+    for name, paper in zip(
+        COMPARED, ("mnist-vae", "mnist-tvae-w13-k3", "sprites-vae", "sprites-tvae-w10-k1"), strict=True
+    ):
+        wanted = PRESETS[paper].config
+        training = replace(wanted.training, optimizer="adam", learning_rate=5e-4)
+        assert PRESETS[name].config == replace(wanted, training=training)
+
+
 def test_few_presets_have_names_of_another_form():
-    assert set(PRESETS) - set(NAMED) == {
+    assert set(PRESETS) - set(NAMED) - set(COMPARED) == {
         DEFAULT_PRESET,
         "mnist-still-tvae-torus",
         "sprites-shifts-tvae-axes",
