@@ -181,6 +181,7 @@ def test_capsules_of_any_type_roll_by_phase(dtype):
 
 EMPTY = [
     Neighborhood(3, 2, time_boundary="zero"),
+    Neighborhood(9, 9, time_boundary="zero", capsule_boundary="zero"),
     Neighborhood(3, 2, 0.5, time_boundary="zero"),
     Neighborhood(3, 2, 0.5, time_boundary="zero", roll="fourier"),
     Neighborhood(3, (1, 2), axes=(1, 4), roots="each axis", time_boundary="zero"),
@@ -188,20 +189,47 @@ EMPTY = [
 ]
 
 
+def assert_nothing(backend, neighborhood, shape, weighted, device, eps=1e-6, axis=None):
+    """The result is empty, and no gradient is anything but 0."""
+    z, u = normal(*shape).to(device), normal(*neighborhood.shape_of_u(shape)).to(device)
+    leading = shape[2:3] if weighted == "capsule" else ()
+    weights = torch.ones(*leading, *neighborhood.weights_shape, dtype=f64, device=device) if weighted else None
+    for mu in (z.new_tensor(0.3), normal(*shape[2:]).to(device)):
+        t, dz, du, dmu, *dw = solve(backend, neighborhood, z, u, mu, weights, z, eps, axis)
+        assert t.shape == dz.shape == shape
+        assert (du.shape, dmu.shape) == (u.shape, mu.shape)
+        assert [x.shape for x in dw] == ([weights.shape] if weighted else [])
+        assert not any(x.any() for x in (du, dmu, *dw))
+
+
 @pytest.mark.parametrize("neighborhood", EMPTY, ids=repr)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", ["", "shared", "capsule"])
 @pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4)], ids=str)
 def test_nothing_gives_nothing(backend, device, neighborhood, weighted, shape):
     """An empty batch, sequences without a frame, no capsules: gradients of zero."""
-    z, u = normal(*shape).to(device), normal(*neighborhood.shape_of_u(shape)).to(device)
-    weights = torch.ones(neighborhood.weights_shape, dtype=f64, device=device) if weighted else None
-    t, dz, du, dmu, *dw = solve(backend, neighborhood, z, u, z.new_tensor(0.3), weights, z)
-    assert t.shape == dz.shape == shape
-    assert du.shape == u.shape
-    assert not dmu.any()
-    assert not any(x.any() for x in (du, *dw))
+    assert_nothing(backend, neighborhood, shape, weighted, device)
     if "padded" not in (neighborhood.time_boundary, neighborhood.capsule_boundary):
-        assert roll_capsules(z, 1, neighborhood).shape == shape
+        assert roll_capsules(normal(*shape).to(device), 1, neighborhood).shape == shape
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("weighted", ["", "shared", "capsule"])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 3, 0, 4), (0, 3, 0, 4)], ids=str)
+@pytest.mark.parametrize("speeds", [None, (1, 0.5)])
+def test_nothing_gives_nothing_along_an_axis_for_each_sequence(backend, device, speeds, shape, weighted, eps):
+    """Without eps sequences become capsules, of which there are none then."""
+    if speeds and shape[2] == 0:
+        pytest.skip("speeds are of capsules")
+    neighborhood = Neighborhood(3, (1, 2), axes=(2, 2), roots="each axis", time_boundary="zero", speeds=speeds)
+    axis = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    assert_nothing(backend, neighborhood, shape, weighted, device, eps, axis)
+
+
+@pytest.mark.parametrize("boundary", ["zero", "padded"])
+def test_capsules_of_no_positions_give_nothing(backend, device, boundary):
+    assert_nothing(backend, Neighborhood(3, 5, capsule_boundary=boundary), (2, 3, 2, 0), "", device)
+    neighborhood = Neighborhood(3, 5, time_boundary="zero", capsule_boundary=boundary)
+    assert_nothing(backend, neighborhood, (2, 0, 2, 0), "", device)
 
 
 def test_latents_of_nothing(backend, device):

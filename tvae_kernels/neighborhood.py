@@ -333,7 +333,7 @@ def _without_outside(n: Neighborhood, time_window: int, lengths: tuple[int, ...]
     if n.capsule_boundary == "zero":
         shift = n.shift if n.is_multidimensional else (n.shift,)
         reach = [size - 1 + max(shorter._reach(s, range(1))) for size, s in zip(lengths, shift, strict=True)]
-        windows = tuple(min(k, 2 * most + 1) for k, most in zip(windows, reach, strict=True))
+        windows = tuple(max(1, min(k, 2 * most + 1)) for k, most in zip(windows, reach, strict=True))
     shorter = replace(shorter, capsule_window=windows if n.is_multidimensional else windows[0])
     return n if shorter == n else shorter
 

@@ -85,10 +85,10 @@ def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = 
             window_sums(
                 u[:, :, c : c + 1],
                 neighborhood.of_capsule(c),
-                weights[c] if own_weights else weights,
+                _of_capsule(weights, c) if own_weights else weights,
                 neighborhood.padding(),  # as far as the fastest capsule reaches
             )
-            for c in range(u.shape[2])
+            for c in _capsules(u)
         ]
         return torch.cat(capsules, 3)
 
@@ -99,6 +99,16 @@ def window_sums(u: Tensor, neighborhood: Neighborhood, weights: Tensor | None = 
             x = x if inside is None else x.where(inside, 0)
         sums[tap.root] = sums[tap.root] + x
     return torch.stack(sums)
+
+
+def _capsules(u: Tensor) -> range:
+    """Return the numbers of all capsules; where there are none that of one, which a slice finds empty."""
+    return range(max(1, u.shape[2]))
+
+
+def _of_capsule(weights: Tensor, c: int) -> Tensor:
+    """Return the weights of a capsule; of none the sum over none, whose gradient has no capsule either."""
+    return weights[c] if len(weights) else weights.sum(0)
 
 
 def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tuple[Tap, Tensor, Tensor | None]]:
@@ -141,9 +151,9 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
             weight_gradients(
                 g[:, :, :, c : c + 1], u[:, :, c : c + 1], neighborhood.of_capsule(c), shape[own_weights:], padding
             )
-            for c in range(u.shape[2])
+            for c in _capsules(u)
         ]
-        return torch.stack(capsules) if own_weights else sum(capsules)
+        return torch.stack(capsules)[: u.shape[2]] if own_weights else sum(capsules)
     summed = (0, 1, 3) if own_weights else (0, 1, 2, 3)
     parts = {}
     for tap, x, inside in _values(u, neighborhood, padding):

@@ -57,7 +57,7 @@ def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> T
     lines, line = steps + (0 if all_time else window - 1), circle[1] + width - 1  # y: as far as the windows reach
     skew = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
     x = x.flatten(1).index_select(1, skew)
-    x = x.unflatten(1, (lines, -1))
+    x = x.unflatten(1, (lines, capsules * line))  # of no frames -1 would not be known
     if all_time:
         x = x.sum(1)
     elif window > 1:
@@ -84,7 +84,7 @@ def _circle(steps: int, dim: int, neighborhood: Neighborhood, adjoint: bool) -> 
         frames, positions = (range(1 - taps.stop, 1 - taps.start) for taps in (frames, positions))
     pad_time = pad_capsule = 0
     if neighborhood.time_boundary == "zero":
-        frames = _within(frames, steps - 1)
+        frames = _within(frames, max(0, steps - 1))
         pad_time = _reach(frames)
     if neighborhood.capsule_boundary == "zero":
         if shift:  # frames whose every position lies outside contribute nothing

@@ -100,7 +100,7 @@ class _Pairs(NamedTuple):
         entries = table(neighborhood, C if per_capsule else 1, D, compute_dtype(z.dtype), z.device)
         factors = entries.coefficients[entries.groups.long()]  # (C, E)
         if weights is not None:
-            windows = weights.reshape(C if own_weights else 1, -1)
+            windows = weights.flatten(1) if own_weights else weights.flatten()[None]
             factors = factors * windows[:, entries.numbers.long()]
         return cls(z.shape, u.shape, neighborhood, entries, factors.flatten(), per_capsule)
 
