@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # set before torch starts: threads of busy processes wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when tvae_kernels.backends.triton is first imported
 os.environ.pop("TVAE_KERNELS_BACKEND", None)  # each test names its backend
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background, and its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
