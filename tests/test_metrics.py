@@ -56,13 +56,19 @@ def registry(monkeypatch):
 )
 def test_metrics_apply_to_the_sources_that_they_mean_something_for(source, expected):
     model = VAE(source.image_shape, 2, 4)
+    always = ["total_correlation", "active_units"]
+    expected = [*expected, *always]
     assert [key for key, metric in METRICS.items() if metric.applies(model, source)] == expected
     rows = evaluate(model, FixedSequences.take(source, 24, batch_size=12), EvaluationSettings(importance_samples=2))
     assert [key for key, _ in groupby(row.key for row in rows)] == expected
     assert all(row.part is None for row in rows if row.label in ("ELBO", "E_eq"))
     assert all(math.isfinite(row.value) for row in rows if row.key != "capcorr")  # NaN where a roll never varies
     model.rolls = None  # capsules that cannot move
-    assert [key for key, metric in METRICS.items() if metric.applies(model, source)] == ["elbo", "log_likelihood"]
+    assert [key for key, metric in METRICS.items() if metric.applies(model, source)] == [
+        "elbo",
+        "log_likelihood",
+        *always,
+    ]
 
 
 class Brightness(EvaluationMetric):

@@ -123,7 +123,7 @@ def test_a_toy_imports_public_names_and_adds_what_it_is_about(toy):
 
 
 def test_no_file_of_the_package_knows_a_toy():
-    names = {*ADDED, "toys", "SlowVAE", "SlowSettings", "Dots"}
+    names = {*ADDED, "toys", "CalmVAE", "CalmSettings", "Dots"}
     names |= {name for added in ADDED.values() for entries in added.values() for name in entries}
     for file in (ROOT / "tvae").rglob("*.py"):
         tree = ast.parse(file.read_text())
@@ -176,7 +176,7 @@ def test_the_file_is_the_command_line_with_what_it_adds(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     text = " ".join(result.stdout.replace("│", " ").split())
     assert "--beta FLOAT Nats that a squared change of capsules by one costs. (default: 2.0)" in text
-    assert "tvae, bubblevae, vae, slow; default: slow" in text
+    assert f"{', '.join(MODELS)}, slow; default: slow" in text
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
@@ -214,17 +214,17 @@ def test_a_model_is_trained_evaluated_saved_loaded_and_drawn(capsys):
         capsys.readouterr()
         assert python("toy_metric", command) == 1
         assert capsys.readouterr().err == (
-            f"tvae: error: cannot read {run}/config.json: no model 'slow' is registered, only tvae, bubblevae, vae; "
+            f"tvae: error: cannot read {run}/config.json: no model 'slow' is registered, only {', '.join(MODELS)}; "
             "import the file that defines it\n"
         )
     with pytest.raises(ValueError, match=r"no model 'slow' is registered, .*; import the file that defines it"):
         tvae.load(run / "model.safetensors")
     toy = imported("toy_model")
-    model = toy.SlowVAE.load(run / "model.safetensors")
-    assert type(model) is type(tvae.load(run / "model.safetensors")) is toy.SlowVAE
-    assert model.settings == toy.SlowSettings(2, 15, beta=0.25)
+    model = toy.CalmVAE.load(run / "model.safetensors")
+    assert type(model) is type(tvae.load(run / "model.safetensors")) is toy.CalmVAE
+    assert model.settings == toy.CalmSettings(2, 15, beta=0.25)
     del MODELS["slow"]  # which the class itself can do without
-    again = toy.SlowVAE.load(run / "model.safetensors")
+    again = toy.CalmVAE.load(run / "model.safetensors")
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
@@ -232,7 +232,7 @@ def test_the_objective_of_a_model_is_what_it_is_trained_on():
     for beta in (0, 1000):
         arguments = f"--run-dir {beta} --steps 40 --capsules 2 --learning-rate 3e-3 --beta {beta} {FEW}"
         assert python("toy_model", f"train sprites-slow {arguments}") == 0
-    model = imported("toy_model").SlowVAE
+    model = imported("toy_model").CalmVAE
     batch = SOURCES["sprites"]().sequences(torch.arange(4), torch.zeros(4, 5, dtype=torch.int64), torch.full((4,), 3))
     changes = [model.load(f"{beta}/model.safetensors").encode(batch).diff(dim=1).square().sum() for beta in (0, 1000)]
     assert changes[1] < changes[0] / 100

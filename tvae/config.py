@@ -226,6 +226,18 @@ class Sources:
         return self._opened[split]
 
 
+def check_processes(config: Config, processes: int) -> None:
+    """Check that so many processes may train the model together.
+
+    Raises:
+        ValueError: they may not.
+
+    """
+    if processes > 1 and config.model_class.one_process:
+        name = config.model_class.__name__
+        raise ValueError(f"a {name} is trained by one process, got {processes}: it needs all of a batch in one place")
+
+
 def check_machine(kind: StepKind, precision: Precision, device: torch.device, processes: int = 1) -> None:
     """Check that the device, or as many as there are processes, can take steps of a kind in a precision.
 

@@ -12,19 +12,19 @@ from tvae.presets import PRESETS, Preset
 
 
 @settings
-class SlowSettings(VAE.Settings):
-    """Settings of the slow VAE: those of the VAE, and one more."""
+class CalmSettings(VAE.Settings):
+    """Settings of the calm VAE: those of the VAE, and one more."""
 
     beta: float = 0.5
     """Nats that a squared change of capsules by one costs."""
 
 
 @register
-class SlowVAE(VAE):
+class CalmVAE(VAE):
     """A VAE that pays for every change of its capsules."""
 
     name = "slow"
-    Settings = SlowSettings
+    Settings = CalmSettings
 
     def forward(self, batch: SequenceBatch) -> ELBO:
         """Return the bound of the VAE, and as the objective the bound less the penalty."""
@@ -37,7 +37,7 @@ class SlowVAE(VAE):
 PRESETS["sprites-slow"] = Preset(
     Config(
         DataSettings("sprites"),
-        SlowSettings(15, 15, beta=2.0),
+        CalmSettings(15, 15, beta=2.0),
         TrainingSettings(optimizer="adam", learning_rate=5e-4, steps=1400),
     ),
     "VAE that pays for changes",

@@ -7,12 +7,14 @@ best single image for likelihoods.
 
 from .base import METRICS, EvaluationMetric, Row, register
 from .capcorr import CapCorr, observed_roll, roll_since_canonical
+from .correlation import ActiveUnits, TotalCorrelation
 from .equivariance import PLAIN, EquivarianceError, equivariance_error
 from .likelihood import BestSingleImage, ELBOTerms, LogLikelihood, log_likelihood
 
 __all__ = [
     "METRICS",
     "PLAIN",
+    "ActiveUnits",
     "BestSingleImage",
     "CapCorr",
     "ELBOTerms",
@@ -20,6 +22,7 @@ __all__ = [
     "EvaluationMetric",
     "LogLikelihood",
     "Row",
+    "TotalCorrelation",
     "equivariance_error",
     "log_likelihood",
     "observed_roll",
@@ -27,5 +30,5 @@ __all__ = [
     "roll_since_canonical",
 ]
 
-for _metric in (ELBOTerms, LogLikelihood, EquivarianceError, CapCorr):
+for _metric in (ELBOTerms, LogLikelihood, EquivarianceError, CapCorr, TotalCorrelation, ActiveUnits):
     register(_metric)

@@ -2,7 +2,10 @@
 
 from ..settings import settings
 from .base import ELBO, MODELS, ModelSettings, SequenceModel, find, model_of, register
+from .beta_vae import BetaVAE
+from .factor_vae import FactorVAE
 from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .slow_vae import SlowVAE
 from .tvae import TVAE, BubbleVAE
 from .vae import VAE
 
@@ -12,11 +15,14 @@ __all__ = [
     "TVAE",
     "VAE",
     "Bernoulli",
+    "BetaVAE",
     "BubbleVAE",
+    "FactorVAE",
     "Gaussian",
     "Likelihood",
     "ModelSettings",
     "SequenceModel",
+    "SlowVAE",
     "find",
     "load",
     "model_of",
@@ -26,5 +32,5 @@ __all__ = [
 
 load = SequenceModel.load
 
-for _model in (TVAE, BubbleVAE, VAE):
+for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE):
     register(_model)

@@ -48,8 +48,9 @@ class ELBO(NamedTuple):
     axis: Axis | None = None
 
     def penalised(self, penalty: Frames, **terms: Frames) -> ELBO:
-        """Subtract a penalty from the objective, in nats a frame, and log further `terms`; the bound stays."""
-        return self._replace(objective=self.objective - penalty, terms={**self.terms, **terms})
+        """Subtract a penalty from the objective, in nats a frame, and log it and other `terms`; the bound stays."""
+        terms = {**self.terms, **terms, "penalty": penalty}
+        return ELBO(self.total, terms, self.objective - penalty, self.t, self.axis)
 
 
 @settings
@@ -93,6 +94,8 @@ class SequenceModel(nn.Module):
     Settings: ClassVar[type[ModelSettings]] = ModelSettings
     rolls: Neighborhood  # how capsules move
     shares_latents: ClassVar[bool] = False  # frames of a sequence are decoded from latent variables of other frames
+    one_process: ClassVar[bool] = False  # training needs all sequences of a batch in one place
+    unconstrained: ClassVar[tuple[str, ...]] = ()  # networks whose weights the setting `weights` leaves free
     frames_before: int = 0  # frames of latent variables before the first of the sequence
 
     def __init_subclass__(cls, **arguments):
@@ -222,8 +225,9 @@ class SequenceModel(nn.Module):
     def project_weights(self) -> None:
         """Scale the rows of "projected" weights back to norm 1; to be called after every step of the optimiser."""
         if self.settings.weights == "projected":
+            free = {layer for name in self.unconstrained for layer in getattr(self, name).modules()}
             for layer in self.modules():
-                if isinstance(layer, nn.Linear):
+                if isinstance(layer, nn.Linear) and layer not in free:
                     project(layer)
 
     def encoded(self, encoder: nn.Module, x: Images, shape: tuple[int, int]) -> Parameters:
