@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from tvae.evaluation import load, save, table
-from tvae.metrics import CapCorr, ELBOTerms, EquivarianceError, LogLikelihood, Row, equivariance_error, observed_roll
-from tvae.models import ELBO
+from tvae.metrics import (
+    CapCorr,
+    ELBOTerms,
+    EquivarianceError,
+    LogLikelihood,
+    MovedLikelihood,
+    PixelError,
+    Row,
+    TransformationAccuracy,
+    equivariance_error,
+    observed_roll,
+)
+from tvae.models import ELBO, Bernoulli
 from tvae_kernels import Neighborhood, roll_capsules
 
 CUT = Neighborhood(capsule_boundary="zero")
@@ -126,6 +137,40 @@ def test_likelihoods_do_not_depend_on_batches(parts):
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
+def moved(metric, parts):
+    """What metrics of motion say of sequences that come in parts, in float32 as the images are."""
+    images, guesses = (torch.rand(2, 24, 3, 1, 5, 7, generator=torch.Generator().manual_seed(0))).unbind(0)
+    axis, log_prob = torch.arange(24) % 3 % 2, normal(24, 3)
+    for part in parts:
+        if isinstance(metric, PixelError):
+            metric.update(images[part], axis[part], {"own motion": guesses[part], "x_0 kept": images[part, :1]})
+        elif isinstance(metric, MovedLikelihood):
+            metric.update(log_prob[part], images[part], axis[part])
+        else:
+            metric.update((axis[part] + torch.tensor(part) // 20) % 2, axis[part])
+    return metric
+
+
+MOVED = {
+    "pixel error": lambda: PixelError(["x", "y"], 3),
+    "likelihood": lambda: MovedLikelihood(["x", "y"], Bernoulli(), 3, (1, 5, 7)),
+    "accuracy": lambda: TransformationAccuracy(2),
+}
+
+
+@pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
+@pytest.mark.parametrize("parts", PARTED.values(), ids=PARTED)
+def test_metrics_of_motion_do_not_depend_on_batches(parts, make):
+    assert_alike(moved(make(), parts).rows(), moved(make(), WHOLE).rows())
+
+
+def assert_alike(rows, expected):
+    """Rows that are the same up to the order of sums, in float64."""
+    for row, other in zip(rows, expected, strict=True):
+        assert row[:3] == other[:3]
+        assert (row.value, row.chance) == pytest.approx((other.value, other.chance), rel=1e-12, nan_ok=True)
+
+
 def test_metrics_do_not_depend_on_the_number_of_processes():
     """Each holds what one of three processes has been given; the states of all are gathered as torchmetrics does."""
     t, factors, kind, _ = sequences()
@@ -150,6 +195,39 @@ def test_metrics_do_not_depend_on_the_number_of_processes():
         assert metric.chance() == whole.chance()
         expected = whole.compute()
         assert metric.compute() == pytest.approx(expected if isinstance(expected, dict) else expected.item())
+
+
+@pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
+def test_metrics_of_motion_do_not_depend_on_the_number_of_processes(make):
+    """As above; images of several processes come as one tensor."""
+    parts = [list(range(0, 8)), list(range(8, 12)), list(range(12, 24))]
+    whole, (metric, *others) = moved(make(), WHOLE), [moved(make(), [part]) for part in parts]
+    holders = [getattr(x, "errors", x) for x in (metric, *others)]  # of the states
+    asked = iter(list(holders[0]._defaults) * 10)
+
+    def gather(x, group):
+        name = next(asked)
+        of_others = [getattr(other, name) for other in holders[1:]]
+        return [x, *(torch.cat(y) if isinstance(y, list) else y for y in of_others)]
+
+    holders[0].dist_sync_fn, holders[0].distributed_available_fn = gather, lambda: True
+    assert_alike(metric.rows(), whole.rows())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.device("meta")], ids=str)
+@pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
+def test_metrics_of_motion_do_not_depend_on_pytorchs_defaults(default, make):
+    metric = moved(make(), WHOLE)
+    expected = moved(make(), WHOLE).rows()
+    if isinstance(default, torch.dtype):
+        torch.set_default_dtype(default)
+    else:
+        torch.set_default_device(default)
+    try:
+        assert_alike(metric.rows(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.device("meta")], ids=str)

@@ -96,6 +96,7 @@ class SequenceModel(nn.Module):
     shares_latents: ClassVar[bool] = False  # frames of a sequence are decoded from latent variables of other frames
     one_process: ClassVar[bool] = False  # training needs all sequences of a batch in one place
     unconstrained: ClassVar[tuple[str, ...]] = ()  # networks whose weights the setting `weights` leaves free
+    told_transformations: ClassVar[bool] = False  # knows from the batch which transformation moves each sequence
     frames_before: int = 0  # frames of latent variables before the first of the sequence
 
     def __init_subclass__(cls, **arguments):
