@@ -7,6 +7,7 @@ import signal
 if "PYTEST_XDIST_WORKER" in os.environ:  # set before torch starts: threads of busy processes wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -83,6 +84,8 @@ def triton() -> str:
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs the package triton")
+    if not HAS_GPU:
+        interpreter.hurry()
     before = np.seterr(all="ignore")  # the interpreter computes in numpy, which warns where IEEE arithmetic gives inf
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, which is set
     yield "triton"
