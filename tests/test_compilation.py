@@ -16,6 +16,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ DIRECTIONS = ("forward", "backward")
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 SIZES = {"float32": 4, "bfloat16": 2, "float64": 8}
 EPS = 1e-6
-MOST_KEPT = 2000  # results, of which the cover makes some sixty and all tasks three hundred
+MOST_KEPT = 4000  # results and links, of which the cover makes some sixty each and all tasks three hundred
+ROOT = Path(__file__).parent.parent
 
 
 # --- which are compiled -----------------------------------------------------------------------------------------------
@@ -108,28 +110,52 @@ def label(task) -> str:
 # --- how --------------------------------------------------------------------------------------------------------------
 
 
-def compile_kept(task, folder: Path) -> Kernel:
-    """What `machine_code.compile_one` returns, or has returned for the same kernel; in a process of the pool."""
+def compile_kept(task, folder: Path) -> Path:
+    """Where what `machine_code.compile_one` returns is kept, now or from before; in a process of the pool."""
     kernel, arguments = machine_code.launched(task)
     analysis = Path(machine_code.__file__).read_bytes()
     content = f"{machine_code.key(task, kernel, arguments)} {task}".encode() + analysis
     file = folder / hashlib.sha256(content).hexdigest()
-    if file.exists():
-        file.touch()
-        return Kernel(**json.loads(gzip.decompress(file.read_bytes())))
-    found = machine_code.describe(task, kernel, arguments, machine_code.compiled(task, kernel, arguments))
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as new:
-        new.write(gzip.compress(json.dumps(asdict(found)).encode()))
-    os.replace(new.name, file)  # whole or not at all, whoever else writes it
-    return found
+    if not file.exists():
+        found = machine_code.describe(task, kernel, arguments, machine_code.compiled(task, kernel, arguments))
+        replace(file, gzip.compress(json.dumps(asdict(found)).encode()))
+    return file
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes it."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new:
+        new.write(content)
+    os.replace(new.name, file)
+
+
+@cache
+def all_sources() -> str:
+    """All that results depend on and more, known without a process that takes seconds to start."""
+    files = [file for package in ("tvae_kernels", "benchmarks") for file in (ROOT / package).rglob("*.py")]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
+    variables = sorted((name, value) for name, value in os.environ.items() if name.startswith("TRITON_"))
+    return f"{contents} {version('triton')} {version('torch')} {variables}"
+
+
+def found(task, folder: Path, compile) -> Kernel:
+    """What is kept, or what `compile` keeps; a link by all sources leads to it for as long as none has changed."""
+    link = folder / hashlib.sha256(f"{all_sources()} {task}".encode()).hexdigest()
+    file = folder / link.read_text() if link.exists() else None
+    if file is None or not file.is_file():
+        file = compile(task, folder)
+        replace(link, file.name.encode())
+    for used in (link, file):
+        used.touch()
+    return Kernel(**json.loads(gzip.decompress(file.read_bytes())))
 
 
 @pytest.fixture(scope="session")
 def compiled(request, tmp_path_factory):
-    """A function of a task: its kernel. One process compiles, beside one that waits for it."""
+    """A function of a task: its kernel. One process compiles, beside one that waits for it; none, if all is kept."""
     folder = request.config.cache.mkdir("machine_code")
     with machine_code.pool(1, {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}) as pool:
-        yield cache(lambda task: pool.submit(compile_kept, task, folder).result())
+        yield cache(lambda task: found(task, folder, lambda *of: pool.submit(compile_kept, *of).result()))
     with suppress(FileNotFoundError):  # another process removes, or has just written, the same
         for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)[:-MOST_KEPT]:
             file.unlink()
@@ -247,45 +273,44 @@ def test_bfloat16_results_are_rounded_to_nearest(k):
 # --- the processes that compile ---------------------------------------------------------------------------------------
 
 PARENT = """
-import sys
+import os, sys
 from benchmarks import machine_code
-from test_compilation import wait_for_word
+
+def wait_for_word(fifo):  # a task that says when it has begun, and waits to be told to say that it lives
+    os.write(1, b"begun\\n")
+    with open(fifo, "rb", buffering=0) as file:
+        file.read(1)
+    os.write(1, b"alive\\n")
+    os._exit(0)
 
 if __name__ == "__main__":
-    with machine_code.pool(2) as pool:
-        list(pool.map(wait_for_word, [sys.argv[1]] * 2))
+    with machine_code.pool(1) as pool:
+        pool.submit(wait_for_word, sys.argv[1]).result()
 """
 
 
-def wait_for_word(fifo: str) -> None:
-    """A task that says when it has begun, and waits to be told to say that it lives."""
-    os.write(1, b"begun\n")
-    with open(fifo, "rb", buffering=0) as file:
-        file.read(1)
-    os.write(1, b"alive\n")
-    os._exit(0)
-
-
 def test_processes_that_compile_end_with_the_one_that_started_them(tmp_path):
-    """Killed in the midst of their tasks: what they are told then, they never read."""
+    """It is killed in the midst of a task: what the process that has it is told then, that never reads."""
     fifo, script = tmp_path / "fifo", tmp_path / "parent.py"
     os.mkfifo(fifo)
     script.write_text(PARENT)
     word = os.open(fifo, os.O_RDWR)
-    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
     command = [sys.executable, str(script), str(fifo)]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE) as parent:
-        assert [parent.stdout.readline() for _ in range(2)] == [b"begun\n"] * 2
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"begun\n"
         parent.kill()
         parent.wait()  # the kernel has sent the signal to its children then
-        os.write(word, b"ab")
+        os.write(word, b"a")
         assert parent.stdout.read() == b""  # to its end: no process holds the other end of the pipe any more
     os.close(word)
 
 
 def test_what_is_kept_is_read_again_and_a_change_is_compiled_again(tmp_path, monkeypatch):
-    """In this process, where kernels are not compiled: a stand-in for the compiler counts what it is asked for."""
-    task, calls = TASKS[0], []
+    """In this process, where kernels are not compiled: a stand-in for the compiler counts what it is asked for.
+
+    It is not even asked for its key while no source has changed.
+    """
+    task, calls, asked = TASKS[0], [], []
     kernel = Kernel(
         "form", (1, 2, 3, 4), (1, 2), "float32", "sm_80", "forward", "k", 1, 0, 0, 1.5, None, None, None, 0, ""
     )
@@ -296,8 +321,35 @@ def test_what_is_kept_is_read_again_and_a_change_is_compiled_again(tmp_path, mon
 
     monkeypatch.setattr(machine_code, "compiled", lambda *_: None)
     monkeypatch.setattr(machine_code, "describe", describe)
-    for key, count in (("source 1", 1), ("source 1", 1), ("source 2", 2), ("source 1", 2)):
-        monkeypatch.setattr(machine_code, "key", lambda *_, key=key: key)
-        found = compile_kept(task, tmp_path)
-        assert (found.name, found.loaded, len(calls)) == ("k", None, count)
-    assert len(list(tmp_path.iterdir())) == 2
+    for key, sources, count, count_of_keys in (
+        ("source 1", "all 1", 1, 1),
+        ("source 1", "all 1", 1, 1),
+        ("source 2", "all 2", 2, 2),
+        ("source 1", "all 1", 2, 2),
+        ("source 1", "all 3", 2, 3),
+    ):
+        monkeypatch.setattr(machine_code, "key", lambda *_, key=key: asked.append(key) or key)
+        monkeypatch.setattr(sys.modules[__name__], "all_sources", lambda sources=sources: sources)
+        result = found(task, tmp_path, compile_kept)
+        assert (result.name, result.loaded, len(calls), len(asked)) == ("k", None, count, count_of_keys)
+    assert len(list(tmp_path.iterdir())) == 2 + 3
+    for file in tmp_path.iterdir():
+        if len(file.read_bytes()) != 64:
+            file.unlink()  # as what has not been used for long, before its links
+    found(task, tmp_path, compile_kept)
+    assert (len(calls), len(asked)) == (3, 4)
+
+
+def test_a_change_of_any_source_or_variable_leads_nowhere(tmp_path, monkeypatch):
+    seen = [all_sources.__wrapped__()]
+    for name in ("tvae_kernels/backends/triton", "benchmarks"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "tvae_kernels/backends/triton/plain.py"
+    for content in ("a", "b"):
+        file.write_text(content)
+        seen.append(all_sources.__wrapped__())
+    monkeypatch.setenv("TRITON_X", "1")
+    seen.append(all_sources.__wrapped__())
+    assert len(set(seen)) == len(seen)
+    assert all_sources.__wrapped__() == seen[-1]

@@ -1,6 +1,7 @@
 """The operation inside PyTorch's program transformations and between processes."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -387,36 +388,30 @@ def test_inputs_decide_where_and_in_which_type(any_backend, neighborhood, weight
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("neighborhood", [FILES["plain"], *map(exhaustive, list(FILES.values())[1:])], ids=FILES)
-def test_an_exported_program_runs_where_the_package_was_imported(neighborhood, tmp_path):
-    layer = TopographicLayer(neighborhood, 0.3, backend="torch")
-    z, u = (normal(*SHAPE, seed=s).float().cpu() for s in (1, 2))
-    torch.export.save(torch.export.export(layer.cpu(), (z, u)), tmp_path / "layer.pt2")
-    torch.save((z, u, layer(z, u).detach()), tmp_path / "tensors.pt")
-    code = (
-        "import sys, torch, tvae_kernels\n"
-        "z, u, expected = torch.load(sys.argv[1] + '/tensors.pt')\n"
-        "t = torch.export.load(sys.argv[1] + '/layer.pt2').module()(z, u)\n"
-        "torch.testing.assert_close(t, expected)\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
+RUNS_EXPORTED = """
+import sys, torch
+
+def run(backend, package):
+    for file in ("plain", "taps", "fourier"):
+        program = torch.export.load(f"{sys.argv[1]}/{backend} {file}.pt2").module()
+        z, u, expected = torch.load(f"{sys.argv[1]}/{backend} {file}.pt")
+        torch.testing.assert_close(program(z, u), expected)
+        assert ("tvae_kernels" in sys.modules) is package
+
+run("reference", False)
+import tvae_kernels
+run("torch", True)
+"""
 
 
-@files
-def test_an_exported_reference_runs_without_the_package(neighborhood, tmp_path):
-    layer = TopographicLayer(neighborhood, 0.3, backend="reference")
+def test_an_exported_program_runs_where_the_package_was_imported_and_the_reference_without_it(tmp_path):
     z, u = (normal(*SHAPE, seed=s).float().cpu() for s in (1, 2))
-    torch.export.save(torch.export.export(layer.cpu(), (z, u)), tmp_path / "layer.pt2")
-    torch.save((z, u, layer(z, u).detach()), tmp_path / "tensors.pt")
-    code = (
-        "import sys, torch\n"
-        "z, u, expected = torch.load(sys.argv[1] + '/tensors.pt')\n"
-        "t = torch.export.load(sys.argv[1] + '/layer.pt2').module()(z, u)\n"
-        "torch.testing.assert_close(t, expected)\n"
-        "assert 'tvae_kernels' not in sys.modules\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    for backend, (file, neighborhood) in itertools.product(("reference", "torch"), FILES.items()):
+        layer = TopographicLayer(neighborhood, 0.3, backend=backend).cpu()
+        torch.export.save(torch.export.export(layer, (z, u)), tmp_path / f"{backend} {file}.pt2")
+        torch.save((z, u, layer(z, u).detach()), tmp_path / f"{backend} {file}.pt")
+    command = [sys.executable, "-c", RUNS_EXPORTED, str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
 
 

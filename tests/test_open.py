@@ -170,9 +170,7 @@ def test_a_name_is_given_once(toy, register, registry, name):
 def test_the_file_is_the_command_line_with_what_it_adds(tmp_path):
     command = [sys.executable, "-W", "error", str(TOYS / "toy_model.py"), "train", "sprites-slow", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=environment
-    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
     text = " ".join(result.stdout.replace("│", " ").split())
     assert "--beta FLOAT Nats that a squared change of capsules by one costs. (default: 2.0)" in text

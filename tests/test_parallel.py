@@ -1,9 +1,11 @@
 """Sequences split over processes against the whole sequence, in float64: values, first and second derivatives.
 
-Run by torchrun, this file computes the parts; the tests put them together and compare.
+As a script, this file computes the parts in processes forked from one, for it takes seconds to start; the tests put
+them together and compare.
 """
 
 import itertools
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from tvae_kernels import Neighborhood, exchange_halo, topographic, topographic_split
 
@@ -52,9 +55,9 @@ def of_part(neighborhood, frames, rank, group):
     return derivatives(t, z, u, mu, weights, dt[:, part])
 
 
-def main(folder):
+def compute(rank, folder):
     """Compute all cases, as one of three processes and, but for the first of them, as one of two."""
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     two = dist.new_group([1, 2])
     for group, members in ((None, 3), (two, 2)):
         rank = dist.get_rank(group)
@@ -68,8 +71,9 @@ def main(folder):
 def parts(tmp_path_factory):
     """What the processes have computed, by their number."""
     folder = tmp_path_factory.mktemp("parts")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", __file__, folder]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", __file__, folder]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     return {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(n)] for n in (2, 3)}
 
@@ -169,4 +173,4 @@ def test_a_split_sequence_of_one_part_is_padded_time(device):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.multiprocessing.start_processes(compute, (Path(sys.argv[1]),), nprocs=3, start_method="fork")

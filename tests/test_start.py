@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from acting import often
+from numerics import exhaustive
 
 import tvae
 from tvae import __main__, cli, files
@@ -47,11 +48,11 @@ sys.exit(main())
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("tvae.cli", ["presets"]),
         ("torch", ["presets"]),
-        ("pydantic", ["train"]),
-        ("tvae.paper.exhibits", ["presets"]),
         ("tvae.paper", ["reproduce"]),
+        exhaustive("tvae.cli", ["presets"]),
+        exhaustive("pydantic", ["train"]),
+        exhaustive("tvae.paper.exhibits", ["presets"]),
     ],
 )
 def test_ctrl_c_while_something_is_imported_is_an_interruption(name, arguments, tmp_path):
