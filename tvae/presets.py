@@ -11,7 +11,7 @@ from fractions import Fraction
 from tvae_kernels import Neighborhood
 
 from .config import Config, DataSettings, EvaluationSettings, TrainingSettings
-from .models import TVAE, VAE, BubbleVAE, ModelSettings
+from .models import TVAE, VAE, BetaVAE, BubbleVAE, FactorVAE, ModelSettings, SlowVAE
 
 DEFAULT_PRESET = "quickstart"
 
@@ -149,15 +149,19 @@ _ADAM = {"optimizer": "adam", "learning_rate": 5e-4}  # of all models that are c
 
 
 def _add_baselines() -> None:
-    """Add the VAE and the TVAE trained as their rivals are, which differ from the VAE in the objective alone."""
-    for data, window in (("mnist", (13, 3)), ("sprites", (10, 1))):
+    """Add rivals that differ from the VAE in the objective alone, and the VAE and the TVAE trained as they are."""
+    for data, window in (("mnist", Neighborhood(13, 3)), ("sprites", Neighborhood(10, 1))):
         family = _family(data)
-        family = replace(family, training=replace(family.training, **_ADAM))
-        for model in (VAE, TVAE):
-            size, neighborhood = family.capsules, Neighborhood(*window)
-            values = model.Settings(size, size, **({"neighborhood": neighborhood} if model is TVAE else {}))
-            config = Config(family.data, values, family.training)
-            PRESETS[f"{data}-{model.name}-adam"] = Preset(config, f"{describe(config)}; Adam")
+        training = replace(family.training, **_ADAM)
+        for model in (VAE, BetaVAE, FactorVAE, SlowVAE, TVAE):
+            values = {"neighborhood": window} if model is TVAE else {}
+            name = f"{data}-{model.name}" + ("-adam" if model in (VAE, TVAE) else "")
+            _add(name, family.data, model.Settings(family.capsules, family.capsules, **values), training)
+
+
+def _add(name: str, data: DataSettings, model: ModelSettings, training: TrainingSettings, text: str = "") -> None:
+    config = Config(data, model, training)
+    PRESETS[name] = Preset(config, ", ".join(filter(None, (describe(config), text))))
 
 
 _add_quickstart()
