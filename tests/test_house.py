@@ -31,7 +31,7 @@ LAYERS = {
         ("data.sprites", "data.mnist"),
         ("data.dsprites",),
         ("data",),
-        ("models.layers",),
+        ("models.layers", "models.potentials"),
         ("models.likelihoods",),
         ("models.base",),
         ("models.vae", "models.tvae"),
