@@ -10,6 +10,7 @@ from .capcorr import CapCorr, observed_roll, roll_since_canonical
 from .correlation import ActiveUnits, TotalCorrelation
 from .equivariance import PLAIN, EquivarianceError, equivariance_error
 from .fits import FittedMotions, fit_motions
+from .flows import Folds
 from .likelihood import BestSingleImage, ELBOTerms, LogLikelihood, log_likelihood
 from .mixing import Superposing, Switching
 from .motion import MovedLikelihood, PixelError, PixelErrors
@@ -26,6 +27,7 @@ __all__ = [
     "EquivarianceError",
     "EvaluationMetric",
     "FittedMotions",
+    "Folds",
     "LogLikelihood",
     "MovedLikelihood",
     "PixelError",
@@ -54,6 +56,7 @@ for _metric in (
     Switching,
     Superposing,
     TransformationAccuracy,
+    Folds,
     VPScore,
     TotalCorrelation,
     ActiveUnits,

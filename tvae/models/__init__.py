@@ -4,6 +4,7 @@ from ..settings import settings
 from .base import ELBO, MODELS, ModelSettings, SequenceModel, find, model_of, register
 from .beta_vae import BetaVAE
 from .factor_vae import FactorVAE
+from .flow_vae import FlowVAE
 from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .slow_vae import SlowVAE
 from .tvae import TVAE, BubbleVAE
@@ -18,6 +19,7 @@ __all__ = [
     "BetaVAE",
     "BubbleVAE",
     "FactorVAE",
+    "FlowVAE",
     "Gaussian",
     "Likelihood",
     "ModelSettings",
@@ -32,5 +34,5 @@ __all__ = [
 
 load = SequenceModel.load
 
-for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE):
+for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE):
     register(_model)
