@@ -18,7 +18,7 @@ from tvae.data.mnist import MNISTSequences
 from tvae.data.sprites import SpriteSequences
 from tvae.evaluation import evaluate
 from tvae.metrics import METRICS, Folds, LogLikelihood
-from tvae.models import VAE, FlowVAE
+from tvae.models import VAE, FlowVAE, WeakFlowVAE
 from tvae.models.flow_vae import PotentialFlow
 from tvae.training import Run, loop, steps, train
 
@@ -26,7 +26,9 @@ MODELS = {
     "flowvae": FlowVAE.Settings(2, 3),
     "flowvae, substeps": FlowVAE.Settings(2, 3, steps_per_frame=2),
 }
-OTHERS = {}
+OTHERS = {
+    "weakflowvae": WeakFlowVAE.Settings(2, 3, frames=FRAMES, anneal_steps=3),
+}
 flow_vae = pytest.mark.parametrize("values", MODELS.values(), ids=MODELS)
 each_model = pytest.mark.parametrize("values", [*MODELS.values(), *OTHERS.values()], ids=[*MODELS, *OTHERS])
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}

@@ -44,7 +44,12 @@ class BestSingleImage(Metric):
         return self.likelihood.chance(*(self.sums / self.frames))
 
 
-TERMS = {"log_likelihood": "log p(x|t)", "kl_z": "KL z", "kl_u": "KL u"}  # what they are called for people
+TERMS = {
+    "log_likelihood": "log p(x|t)",
+    "kl_z": "KL z",
+    "kl_u": "KL u",
+    "kl_k": "KL k",
+}  # what they are called for people
 
 
 class ELBOTerms(EvaluationMetric):

@@ -9,6 +9,7 @@ from .likelihoods import Bernoulli, Gaussian, Likelihood
 from .slow_vae import SlowVAE
 from .tvae import TVAE, BubbleVAE
 from .vae import VAE
+from .weak_flow_vae import WeakFlowVAE
 
 __all__ = [
     "ELBO",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelSettings",
     "SequenceModel",
     "SlowVAE",
+    "WeakFlowVAE",
     "find",
     "load",
     "model_of",
@@ -34,5 +36,5 @@ __all__ = [
 
 load = SequenceModel.load
 
-for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE):
+for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE, WeakFlowVAE):
     register(_model)
