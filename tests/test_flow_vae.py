@@ -18,7 +18,7 @@ from tvae.data.mnist import MNISTSequences
 from tvae.data.sprites import SpriteSequences
 from tvae.evaluation import evaluate
 from tvae.metrics import METRICS, Folds, LogLikelihood
-from tvae.models import VAE, FlowVAE, WeakFlowVAE
+from tvae.models import VAE, FlowVAE, PoFlow, WeakFlowVAE
 from tvae.models.flow_vae import PotentialFlow
 from tvae.training import Run, loop, steps, train
 
@@ -28,6 +28,7 @@ MODELS = {
 }
 OTHERS = {
     "weakflowvae": WeakFlowVAE.Settings(2, 3, frames=FRAMES, anneal_steps=3),
+    "poflow": PoFlow.Settings(2, 3),
 }
 flow_vae = pytest.mark.parametrize("values", MODELS.values(), ids=MODELS)
 each_model = pytest.mark.parametrize("values", [*MODELS.values(), *OTHERS.values()], ids=[*MODELS, *OTHERS])
@@ -387,7 +388,7 @@ def test_what_does_not_fit_is_refused_by_name(mnist_dir):
 # --- what the house asks of every model -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("values", [*MODELS.values(), OTHERS["poflow"]], ids=[*MODELS, "poflow"])
 def test_parts_of_a_batch_draw_the_noise_of_the_whole(values):
     model, batch = made(values), batch_of(5, torch.float64)
     torch.manual_seed(0)

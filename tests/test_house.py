@@ -36,7 +36,7 @@ LAYERS = {
         ("models.base",),
         ("models.vae", "models.tvae"),
         ("models.beta_vae", "models.factor_vae", "models.slow_vae", "models.flow_vae"),
-        ("models.weak_flow_vae",),
+        ("models.weak_flow_vae", "models.poflow"),
         ("models",),
         ("config", "figures"),
         ("metrics.base",),

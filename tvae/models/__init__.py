@@ -6,6 +6,7 @@ from .beta_vae import BetaVAE
 from .factor_vae import FactorVAE
 from .flow_vae import FlowVAE
 from .likelihoods import Bernoulli, Gaussian, Likelihood
+from .poflow import PoFlow
 from .slow_vae import SlowVAE
 from .tvae import TVAE, BubbleVAE
 from .vae import VAE
@@ -24,6 +25,7 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "ModelSettings",
+    "PoFlow",
     "SequenceModel",
     "SlowVAE",
     "WeakFlowVAE",
@@ -36,5 +38,5 @@ __all__ = [
 
 load = SequenceModel.load
 
-for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE, WeakFlowVAE):
+for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE, WeakFlowVAE, PoFlow):
     register(_model)

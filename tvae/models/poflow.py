@@ -1,0 +1,65 @@
+"""PoFlow: a VAE whose potentials learn to lead from frame to frame."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..data import SequenceBatch
+from ..settings import settings
+from .base import ELBO
+from .flow_vae import FlowSettings, PotentialFlow, exact
+from .layers import Axis, kl_from_prior
+
+
+@settings
+class PoFlowSettings(FlowSettings):
+    """Settings of PoFlow."""
+
+
+class PoFlow(PotentialFlow):
+    """The PDE traversals of Song et al. (2023, arXiv 2304.12944): potentials that lead from frame to frame, as waves.
+
+    Every frame has a posterior of its own, and the bound of an evaluation is the VAE's. Training knows the
+    transformation k of a sequence and decodes the flow of `z_0`, `ẑ_l`, in place of `z_l`; a frame pays
+
+        gamma (∂²u/∂t² - c_k² Δu)² + |ẑ_l - z_l|² / 2
+
+    for what is no wave, at the points that lead to it, and for the distance from its own latent variables.
+
+    Args:
+        arguments: as those of `VAE`, and the fields of `PoFlowSettings`.
+
+    Raises:
+        ValueError: as `VAE`.
+
+    """
+
+    name = "poflow"
+    Settings = PoFlowSettings
+
+    def __init__(self, image_shape: tuple[int, int, int], capsules: int, capsule_dim: int, **arguments):
+        super().__init__(image_shape, capsules, capsule_dim, **arguments)
+        self.c = nn.Parameter(torch.ones(self.settings.transformations))  # speeds of the waves
+
+    def forward(self, batch: SequenceBatch) -> ELBO:
+        """Return one sample of the VAE's bound; in training of that on the path of the flow, and the penalties."""
+        if not self.training:
+            return super().forward(batch)
+        (q,), frames, flow = self.posterior(batch.images), batch.images.shape[1], self.flow_of(batch)
+        z = self.drawn(q, batch)
+        points = self.follow(z[:, 0].flatten(1), frames, self.mix(flow, frames))
+        path = self.path(points)
+        elbo = self.bound(batch, path, {"kl_z": kl_from_prior(q)})
+        waves = self.wave_residual(points, flow).square().unflatten(1, (frames - 1, -1)).mean(-1)
+        waves = F.pad(waves, (1, 0))  # no step leads to frame 0
+        matching = (path - z).square().sum((-2, -1)) / 2
+        return elbo.penalised(self.settings.gamma * waves + matching, wave=waves, matching=matching)
+
+    def wave_residual(self, points: Tensor, flow: Axis) -> Float[Tensor, "batch step"]:
+        """Return `∂²u/∂t² - c² Δu` at the points that steps start from."""
+        with exact(points):
+            u = self.on_the_way(points, flow)
+            return u.second_rate() - self.c[flow, None].square() * u.laplacian()
