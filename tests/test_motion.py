@@ -426,6 +426,7 @@ def test_motions_of_two_transformations_are_measured_on_their_true_frames(metric
     assert measured.pairs == pairs
     assert [mix.shape for mix in model.mixes] == [(count, 4, 2)] * len(pairs)
     steps = {(0, 1): [[1, 0]] * 2 + [[0, 1]] * 2, (1, 0): [[0, 1]] * 2 + [[1, 0]] * 2}
+    assert len({measured.batch(number)[0].images[0, 0].sum().item() for number in range(len(pairs))}) == len(pairs)
     expected = [steps[pair] if metric is Switching else [[1, 1]] * 4 for pair in pairs]
     assert [mix[0].tolist() for mix in model.mixes] == expected
     rows = {row.part: row for row in measured.rows()}

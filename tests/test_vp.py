@@ -49,6 +49,14 @@ def test_it_is_trained_on_a_tenth_of_the_pairs_and_tested_on_all_others():
     assert distinguished(images, kind, 3) == pytest.approx(1 - 3 / 270)
 
 
+def test_a_pair_is_judged_whatever_pairs_it_is_tested_with():
+    """Such as those that are all alike, between which there is no variance."""
+    images, kind = squares(300, 3)
+    for only in range(3):
+        images[30:], kind[30:] = images[only], only
+        assert distinguished(images, kind, 3) == 1
+
+
 def test_it_is_the_same_every_time_and_disturbs_no_generator():
     images, kind = squares(120, 3)
     images = 0.05 * images + noise(120, 3, 8, 8)  # which are hard to tell apart
