@@ -112,7 +112,10 @@ def write_idx(path, array):
 
 @pytest.fixture(scope="session")
 def mnist_dir(tmp_path_factory):
-    """A data set of noise in MNIST's format: 50 training and 20 test images; pixel (0, 0) numbers them from 0 to 69."""
+    """A data set of noise in MNIST's format: 50 training and 20 test images.
+
+    Pixel (0, 0) numbers them from 0 to 69, and the last digit of the number is the label.
+    """
     folder = tmp_path_factory.mktemp("data")
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -120,5 +123,5 @@ def mnist_dir(tmp_path_factory):
     images[:, 0, 0] = np.arange(70)
     for prefix, part in (("train", images[:50]), ("t10k", images[50:])):
         write_idx(raw / f"{prefix}-images-idx3-ubyte", part)
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.zeros(len(part), dtype=np.uint8))
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", part[:, 0, 0] % 10)
     return folder

@@ -59,7 +59,7 @@ def test_a_source_of_a_users_own_is_opened_by_its_name(registry):
     assert isinstance(source, Echo)
     assert source.device == torch.device("cpu")
     assert SequenceStream(source, 4, seed=0)[0].images.shape == (4, 3, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"unknown source 'echoes'; choose from .*, mnist-still, echo$"):
+    with pytest.raises(ValueError, match=r"unknown source 'echoes'; choose from .*, mnist-open-unseen, echo$"):
         open_source("echoes", "train")
 
 
@@ -79,14 +79,18 @@ def test_a_name_is_one_sources(registry):
 def test_every_source_gives_what_it_says(name, mnist_dir, dsprites_dir):
     source = open_source(name, "train", dsprites_dir if name == "dsprites" else mnist_dir)
     assert (source.name, SOURCES[name]) == (name, type(source))
-    images, factors, transformation, axis, label, *_ = SequenceStream(source, 16, seed=0)[0]
-    assert images.shape == (16, source.sequence_length, *source.image_shape)
+    sequences = min(16, len(source))  # of two digits there are fewer
+    images, factors, transformation, axis, label, *_ = SequenceStream(source, sequences, seed=0)[0]
+    assert images.shape == (sequences, source.sequence_length, *source.image_shape)
     assert images.dtype == torch.float32
     assert 0 <= images.min() < images.max() <= 1
-    assert factors.shape == (16, source.sequence_length, len(source.sizes))
+    assert factors.shape == (sequences, source.sequence_length, len(source.sizes))
     assert (factors < torch.tensor(source.sizes)).all()
     assert set(transformation.tolist()) <= set(source.transformations)
     assert torch.equal(torch.tensor(list(source.transformations))[axis], transformation)
-    assert label.shape == (16,)
+    assert label.shape == (sequences,)
     assert set(label.tolist()) <= set(range(len(source.classes)))
     assert all(x.dtype == torch.int64 for x in (factors, transformation, axis, label))
+    if source.open_paths:
+        course = factors.gather(2, transformation[:, None, None].expand(-1, source.sequence_length, 1))[..., 0]
+        assert torch.equal(course, torch.arange(source.sequence_length).expand(sequences, -1))

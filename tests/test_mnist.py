@@ -4,7 +4,6 @@ import importlib
 import itertools
 import math
 import os
-import shutil
 import sys
 
 import numpy as np
@@ -15,7 +14,12 @@ from torchvision.datasets import MNIST
 
 import tvae.data
 from tvae.data import SPLITS, DataError, Factor, SequenceStream, open_source
-from tvae.data.mnist import MNISTPerspectiveHueSequences, MNISTRotationHueSequences, MNISTSequences
+from tvae.data.mnist import (
+    MNISTOpenSequences,
+    MNISTPerspectiveHueSequences,
+    MNISTRotationHueSequences,
+    MNISTSequences,
+)
 
 
 def test_mnist_factors():
@@ -160,20 +164,67 @@ def test_mnist_splits(mnist_dir):
     assert parts["validation"] == [18, 32, 11, 31, 37, 38, 44, 4, 49, 16]
 
 
-def test_labels_are_the_digits_in_the_order_of_the_images(mnist_dir, tmp_path):
+def test_labels_are_the_digits_in_the_order_of_the_images(mnist_dir):
     """Pixel (0, 0) numbers the images from 0 to 69, of which the last 20 are the test set's."""
-    shutil.copytree(mnist_dir, tmp_path, dirs_exist_ok=True)
-    for path in (tmp_path / "MNIST" / "raw").glob("*labels*"):
-        header, labels = path.read_bytes()[:8], path.read_bytes()[8:]
-        path.write_bytes(header + bytes(number % 10 for number in range(len(labels))))
-    for name in ("mnist", "mnist-rotation-hue", "mnist-perspective-hue", "mnist-still"):
+    for name in ("mnist", "mnist-rotation-hue", "mnist-perspective-hue", "mnist-still", "mnist-open"):
         for split, batch_size in (("train", 40), ("validation", 10), ("test", 20)):
-            source = open_source(name, split, tmp_path)
+            source = open_source(name, split, mnist_dir)
             assert source.classes == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
             examples, *_ = SequenceStream(source, batch_size, seed=1).draw(0)
             batch = SequenceStream(source, batch_size, seed=1)[0]
             assert torch.equal(batch.label, source.images[examples, 0, 0].long() % 10)
             assert batch.label.dtype == torch.int64
+
+
+def test_open_factors():
+    rotation, scale, hue = MNISTOpenSequences.factors
+    assert rotation == Factor("rotation", (0, 10, 20, 30, 40, 50, 60, 70, 80))
+    assert scale == Factor("scale", (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8))
+    assert hue == Factor("hue", (0, 20, 40, 60, 80, 100, 120, 140, 160))
+    assert (MNISTOpenSequences.sequence_length, MNISTOpenSequences.open_paths) == (9, True)
+
+
+def test_open_paths_of_all_kinds_begin_with_the_digit_as_it_is(mnist_dir):
+    """And every frame is the digit transformed by hand; the tolerances are those of the cyclic frames.
+
+    Neighbouring pixels are at most 14 * 1 = 14 pixels from the centre for scales from 1: less than half of what
+    `test_mnist_frames_equal_single_transformed_images` allows for.
+    """
+    source = open_source("mnist-open", "test", mnist_dir)
+    examples = torch.tensor([4, 4, 4])
+    batch = source.sequences(examples, source.start_poses(examples, torch.Generator()), torch.arange(3))
+    digit = source.images[4] / 255
+    assert torch.equal(batch.images[0, 0], batch.images[1, 0])
+    assert torch.equal(batch.images[0, 0], batch.images[2, 0])
+    torch.testing.assert_close(batch.images[0, 0, 0], digit, rtol=0, atol=1.6e-5)
+    assert torch.equal(batch.images[0, 0, 1:], torch.zeros(2, 28, 28))  # red
+    for j in range(9):
+        for k, pose in enumerate(((10 * j, 1.0, 0), (0, (10 + j) / 10, 0), (0, 1.0, 20 * j))):
+            torch.testing.assert_close(batch.images[k, j], single_frame(digit, *pose), rtol=0, atol=1.6e-5)
+
+
+def test_open_paths_stream_from_zero(mnist_dir):
+    batch = SequenceStream(open_source("mnist-open", "train", mnist_dir), 40, seed=0)[0]
+    moving = torch.nn.functional.one_hot(batch.transformation, 3)[:, None]
+    assert torch.equal(batch.factors, torch.arange(9)[:, None] * moving)
+    assert set(batch.transformation.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_seen_and_unseen_digits_are_all_digits_apart(split, mnist_dir):
+    """Of every split, in its order, each with its label."""
+    every, seen, unseen = (open_source(f"mnist-open{part}", split, mnist_dir) for part in ("", "-seen", "-unseen"))
+    assert torch.equal(every.images, MNISTSequences(mnist_dir, split).images)
+    for source, shown in ((seen, every.labels < 8), (unseen, every.labels >= 8)):
+        assert torch.equal(source.images, every.images[shown])
+        assert torch.equal(source.labels, every.labels[shown])
+        assert (source.factors, source.classes) == (every.factors, every.classes)
+    assert len(seen) + len(unseen) == len(every)
+    examples = torch.arange(len(unseen))
+    poses = unseen.start_poses(examples, torch.Generator())
+    batch = unseen.sequences(examples, poses, torch.zeros(len(unseen), dtype=torch.int64))
+    assert torch.equal(batch.label, unseen.images[:, 0, 0].long() % 10)
+    assert set(batch.label.tolist()) <= {8, 9}
 
 
 @pytest.mark.skipif("TVAE_DATA_DIR" not in os.environ, reason="TVAE_DATA_DIR does not name a folder with MNIST")
@@ -183,7 +234,27 @@ def test_real_mnist():
     assert {split: len(part) for split, part in parts.items()} == {"train": 48000, "validation": 12000, "test": 10000}
     together = torch.cat((parts["train"], parts["validation"])).long().sum(0)
     assert torch.equal(together, MNIST(folder, train=True).data.long().sum(0))
-    assert torch.equal(parts["test"], MNIST(folder, train=False).data)
+    test = MNIST(folder, train=False)
+    assert torch.equal(parts["test"], test.data)
+    assert torch.equal(open_source("mnist-open", "test", folder).images, test.data)
+    assert torch.equal(open_source("mnist-open-seen", "test", folder).images, test.data[test.targets < 8])
+    assert torch.equal(open_source("mnist-open-unseen", "test", folder).images, test.data[test.targets >= 8])
+
+
+@pytest.mark.skipif("TVAE_DATA_DIR" not in os.environ, reason="TVAE_DATA_DIR does not name a folder with MNIST")
+def test_how_far_real_digits_move_along_open_paths():
+    """L1 a frame of the first 300 test digits: of frame 0 kept, of black, of the frame before kept.
+
+    To one decimal. Black is nearer to what turns than what has not turned yet.
+    """
+    source = open_source("mnist-open", "test", os.environ["TVAE_DATA_DIR"])
+    examples = torch.arange(300)
+    for k, levels in enumerate(((104.1, 94.1, 43.7), (156.3, 182.5, 43.8), (141.1, 141.1, 31.4))):
+        poses = source.start_poses(examples, torch.Generator())
+        images = source.sequences(examples, poses, torch.full((300,), k)).images
+        guesses = (images[:, :1], torch.zeros(()), images[:, :-1])
+        found = [(images[:, 1:] - guess).abs().sum((2, 3, 4)).mean().item() for guess in guesses]
+        assert found == pytest.approx(levels, abs=0.06)
 
 
 def test_missing_mnist_names_the_folder(tmp_path):

@@ -52,6 +52,13 @@ class Bare(Echo):
     factors = ()
 
 
+class Open(Echo):
+    """A source whose paths are open: three frames, for the three values of `a`."""
+
+    sequence_length = 3
+    open_paths = True
+
+
 def assert_same(a, b):
     for x, y in zip(a, b, strict=True):
         assert x == y if x is None or isinstance(x, int) else torch.equal(x, y)
@@ -70,6 +77,36 @@ def test_one_factor_advances_and_the_others_stand_still(source):
             for before, after in itertools.pairwise(sequence):
                 before[moving] = (before[moving] + 1) % len(source.factors[moving].values)
                 assert after == before
+
+
+def test_open_paths_begin_at_index_0_and_do_not_come_round():
+    """Whatever the starts say of the factor that advances, and with what they say of the others."""
+    starts = torch.tensor([[2, 0, 4], [1, 0, 3]])
+    batch = Open().sequences(torch.tensor([7, 8]), starts, torch.tensor([0, 2]))
+    assert batch.factors.tolist() == [[[0, 0, 4], [1, 0, 4], [2, 0, 4]], [[1, 0, 0], [1, 0, 1], [1, 0, 2]]]
+    assert batch.axis.tolist() == [0, 1]
+
+    class Together(Open):
+        combined = True
+
+    batch = Together().sequences(torch.tensor([7]), starts[:1], torch.tensor([0]))
+    assert batch.factors.tolist() == [[[0, 0, 0], [1, 0, 1], [2, 0, 2]]]
+
+    class Long(Open):
+        sequence_length = 4
+
+    with pytest.raises(ValueError, match="echo has open paths of 4 frames, for which a needs as many values, got 3"):
+        SequenceStream(Long(), 10, seed=0)[0]
+
+
+def test_of_open_paths_all_starts_but_the_moving_ones_are_drawn():
+    """Chi-square of the other factor's five values over 1,000 sequences, below its mean plus five deviations."""
+    batches = [SequenceStream(Open(), 100, seed=4)[i] for i in range(10)]
+    factors = torch.cat([batch.factors[batch.transformation == 0] for batch in batches])
+    assert torch.equal(factors[..., 0], torch.arange(3).expand(len(factors), -1))
+    counts = factors[:, 0, 2].bincount(minlength=5)
+    expected = len(factors) / 5
+    assert ((counts - expected) ** 2 / expected).sum() < 4 + 5 * 8**0.5
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 and later, about threads

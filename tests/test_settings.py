@@ -154,7 +154,8 @@ def test_files_are_in_the_folder_that_is_named_or_in_the_cache(monkeypatch):
     monkeypatch.setattr(config_module, "open_source", lambda *values, **named: opened.append((*values, named)))
     monkeypatch.setattr(config_module, "CACHE", Path("/cache"))
     cpu = torch.device("cpu")
-    for name, folder in (("mnist-rotation-hue", "mnist"), ("mnist", "mnist"), ("dsprites", "dsprites")):
+    folders = dict.fromkeys(("mnist", "mnist-rotation-hue", "mnist-open-unseen"), "mnist")
+    for name, folder in (*folders.items(), ("dsprites", "dsprites")):
         DataSettings(name).open("train", cpu)
         DataSettings(name, folder=Path("/data")).open("validation", cpu)
         assert opened[-2:] == [

@@ -9,7 +9,15 @@ import torch
 
 from ..files import expanded
 from .dsprites import DSpritesSequences
-from .mnist import MNISTDigits, MNISTPerspectiveHueSequences, MNISTRotationHueSequences, MNISTSequences
+from .mnist import (
+    MNISTDigits,
+    MNISTOpenSeenSequences,
+    MNISTOpenSequences,
+    MNISTOpenUnseenSequences,
+    MNISTPerspectiveHueSequences,
+    MNISTRotationHueSequences,
+    MNISTSequences,
+)
 from .sequences import (
     EVALUATION_SEED,
     SPLITS,
@@ -86,5 +94,8 @@ for _source in (
     MNISTRotationHueSequences,
     MNISTPerspectiveHueSequences,
     MNISTDigits,
+    MNISTOpenSequences,
+    MNISTOpenSeenSequences,
+    MNISTOpenUnseenSequences,
 ):
     register(_source)

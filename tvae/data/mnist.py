@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,48 @@ class MNISTPerspectiveHueSequences(MNISTSequences):
         depth = cos - sin.square() / math.sqrt(2) * x  # of another sign than cos only for points outside of the digit
         a, b = x / depth, y * cos / depth
         return cos * a + sin * b, cos * b - sin * a
+
+
+class MNISTOpenSequences(MNISTSequences):
+    """MNIST digits that turn, grow or change colour along open paths of nine frames, each from the digit as it is.
+
+    Rotation runs from 0 to 80 degrees, scale from 1 to 1.8, hue from 0 to 160 degrees, and what does not move is at its
+    first value. The first frames of all three kinds are therefore the same image: what moves cannot be seen in it.
+    Otherwise as `MNISTSequences`.
+    """
+
+    name = "mnist-open"
+    open_paths = True
+    sequence_length = 9
+    factors = (
+        Factor("rotation", tuple(range(0, 90, 10))),
+        Factor("scale", tuple(tenths / 10 for tenths in range(10, 19))),
+        Factor("hue", tuple(range(0, 180, 20))),
+    )
+    digits: ClassVar[range] = range(10)  # which the examples show
+
+    def __init__(self, data_dir: str | Path, split: str, device: torch.device | str = "cpu", download: bool = False):
+        super().__init__(data_dir, split, device, download)
+        shown = torch.isin(self.labels, torch.tensor(self.digits, device="cpu"))
+        self.images, self.labels = self.images[shown.to(self.device)], self.labels[shown]
+
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Return zeros (B, F): every sequence starts at the digit as it is."""
+        return torch.zeros(len(examples), len(self.factors), dtype=torch.int64, device=examples.device)
+
+
+class MNISTOpenSeenSequences(MNISTOpenSequences):
+    """The digits 0 to 7 of `MNISTOpenSequences` in every split: of these a model learns how digits move."""
+
+    name = "mnist-open-seen"
+    digits = range(8)
+
+
+class MNISTOpenUnseenSequences(MNISTOpenSequences):
+    """The digits 8 and 9 of `MNISTOpenSequences` in every split: on these it shows that it has learned to move any."""
+
+    name = "mnist-open-unseen"
+    digits = range(8, 10)
 
 
 class MNISTDigits(MNISTSequences):

@@ -68,7 +68,7 @@ class SequenceSource(ABC):
     sequence_length: int
     factors: tuple[Factor, ...] = ()
     classes: tuple[str, ...] = ()  # what the labels stand for
-    open_paths: ClassVar[bool] = False  # what advances starts at index 0 and never comes back to it
+    open_paths: ClassVar[bool] = False  # what advances starts at index 0, whatever `starts` say, and never comes round
     combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
     files: ClassVar[str | None] = None  # folder of the cache that holds what the source reads; None if it reads nothing
     device: torch.device = torch.device("cpu")
@@ -120,8 +120,8 @@ class SequenceSource(ABC):
     def sequences(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> SequenceBatch:
         """Render sequences from the starts (B, F), in which the factor `transformation` (B,) advances by one a frame.
 
-        It goes on modulo its size; where transformations are combined all factors that transform advance. The arguments
-        are on the CPU, the batch is on the source's device.
+        It goes on modulo its size, or from index 0 where paths are open; where transformations are combined all factors
+        that transform advance. The arguments are on the CPU, the batch is on the source's device.
         """
         factors, *known = (
             None if x is None else x.to(self.device) for x in self.describe(examples, starts, transformation)
@@ -140,14 +140,32 @@ class SequenceSource(ABC):
         return torch.searchsorted(known, transformation)
 
     def advance(self, starts: Tensor, transformation: Tensor) -> Tensor:
-        """Return the factors (B, S, F) of every frame of the sequences that `sequences` makes, all on the CPU."""
+        """Return the factors (B, S, F) of every frame of the sequences that `sequences` makes, all on the CPU.
+
+        Raises:
+            ValueError: paths are to be open, but a factor that advances has fewer values than a sequence has frames.
+
+        """
         if not self.transformations:
             return starts[:, None].expand(-1, self.sequence_length, -1)
         step = F.one_hot(transformation, len(self.factors))[:, None]
         if self.combined:
             step = torch.tensor([[[int(factor.transforms) for factor in self.factors]]], device=starts.device)
         time = torch.arange(self.sequence_length, device=starts.device)[:, None]
-        return (starts[:, None] + time * step) % torch.tensor(self.sizes, device=starts.device)
+        starts = starts[:, None]
+        if self.open_paths:
+            self._check_open()
+            starts = starts * (1 - step)
+        return (starts + time * step) % torch.tensor(self.sizes, device=starts.device)
+
+    def _check_open(self) -> None:
+        """Refuse factors that would come round within a sequence."""
+        for factor in self.factors:
+            if factor.transforms and len(factor.values) < self.sequence_length:
+                raise ValueError(
+                    f"{self.name} has open paths of {self.sequence_length} frames, "
+                    f"for which {factor.name} needs as many values, got {len(factor.values)}"
+                )
 
 
 class SequenceStream(Dataset[SequenceBatch]):
