@@ -59,7 +59,7 @@ def test_a_source_of_a_users_own_is_opened_by_its_name(registry):
     assert isinstance(source, Echo)
     assert source.device == torch.device("cpu")
     assert SequenceStream(source, 4, seed=0)[0].images.shape == (4, 3, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"unknown source 'echoes'; choose from .*, mnist-open-unseen, echo$"):
+    with pytest.raises(ValueError, match=r"unknown source 'echoes'; choose from .*, rooms, echo$"):
         open_source("echoes", "train")
 
 

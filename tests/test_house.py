@@ -28,7 +28,7 @@ LAYERS = {
     "tvae": (
         ("", "files", "settings", "progress"),
         ("data.sequences",),
-        ("data.sprites", "data.mnist"),
+        ("data.sprites", "data.mnist", "data.rooms"),
         ("data.dsprites",),
         ("data",),
         ("models.layers", "models.potentials"),

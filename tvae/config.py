@@ -36,8 +36,8 @@ class DataSettings:
     name: Annotated[str, tyro.conf.arg(name="data", help_behavior_hint=_FROM_SOURCES)] = "sprites"
     """Sequences to train on: our own sprites (no files needed), of which one factor advances, or one of x and y; the
     real dSprites; MNIST digits, of which one factor advances, or rotation and hue together, or perspective and hue
-    together; still digits; or digits on open paths, of which one factor advances and does not come round, and of these
-    0 to 7 alone, or 8 and 9."""
+    together; still digits; digits on open paths, of which one factor advances and does not come round, and of these 0
+    to 7 alone, or 8 and 9; or our own rooms (no files needed), in the manner of 3D Shapes, on open paths."""
     evaluation: Annotated[str | None, tyro.conf.arg(name="evaluation-data")] = None
     """Sequences to evaluate on, where they are not of the same kind."""
     folder: Annotated[Path | None, tyro.conf.arg(name="data-dir")] = None

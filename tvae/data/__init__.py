@@ -18,6 +18,7 @@ from .mnist import (
     MNISTRotationHueSequences,
     MNISTSequences,
 )
+from .rooms import RoomSequences
 from .sequences import (
     EVALUATION_SEED,
     SPLITS,
@@ -97,5 +98,6 @@ for _source in (
     MNISTOpenSequences,
     MNISTOpenSeenSequences,
     MNISTOpenUnseenSequences,
+    RoomSequences,
 ):
     register(_source)

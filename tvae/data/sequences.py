@@ -7,6 +7,7 @@ rendered on the source's device, so that one seed means the same sequences on ev
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,20 @@ class SequenceSource(ABC):
                     f"{self.name} has open paths of {self.sequence_length} frames, "
                     f"for which {factor.name} needs as many values, got {len(factor.values)}"
                 )
+
+
+class FactorGrid(SequenceSource):
+    """A source whose examples are the combinations of its factors: an example is where its sequence starts.
+
+    The index of an example has the factors as its digits, the first one first.
+    """
+
+    def __len__(self) -> int:
+        return math.prod(self.sizes)
+
+    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the factors (B, F) that the examples stand for; nothing is drawn."""
+        return torch.stack(torch.unravel_index(examples, self.sizes), dim=-1)
 
 
 class SequenceStream(Dataset[SequenceBatch]):

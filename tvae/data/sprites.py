@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .sequences import Factor, SequenceSource
+from .sequences import Factor, FactorGrid
 
 IMAGE_SIZE = 64
 SCALES = (0.6, 0.7, 0.8, 0.9, 1.0)
@@ -79,7 +79,7 @@ def cut_frames(canvases: Tensor, poses: Tensor) -> Tensor:
     return windows[shape, scale, orientation, POSITIONS - 1 - y, POSITIONS - 1 - x]
 
 
-class SpriteGrid(SequenceSource):
+class SpriteGrid(FactorGrid):
     """A source of sprites in the manner of dSprites, whose examples are combinations of factors: the starting poses.
 
     Factors: shape (0 square, 1 ellipse, 2 heart), which no sequence advances; scale, 1 being the largest; orientation
@@ -97,13 +97,6 @@ class SpriteGrid(SequenceSource):
         Factor("x", tuple(2 * j / 31 for j in range(POSITIONS))),
         Factor("y", tuple(2 * j / 31 for j in range(POSITIONS))),
     )
-
-    def __len__(self) -> int:
-        return math.prod(self.sizes)
-
-    def start_poses(self, examples: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the factors (B, F) that the examples stand for; nothing is drawn."""
-        return torch.stack(torch.unravel_index(examples, self.sizes), dim=-1)
 
     def label(self, examples: Tensor, factors: Tensor) -> Tensor:
         """Return the shapes."""
