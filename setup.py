@@ -34,7 +34,8 @@ setup(
             "pydantic>=2.7",
             "typing_extensions>=4.10",
         ],
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff"],
+        "shapes3d": ["h5py>=3.10"],  # to read the real 3D Shapes, and nothing else
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "h5py>=3.10", "ruff"],
         "bench": ["pytest-benchmark>=4"],
     },
     entry_points={"console_scripts": ["tvae = tvae.__main__:main"]},

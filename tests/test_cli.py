@@ -446,6 +446,10 @@ WRONG_VALUES = [
     ),
     ("train --device gpu", "invalid choice 'gpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')."),
     ("train --step graph --device cpu", "--step graph needs a GPU, got the device cpu"),
+    (
+        "train --data shapes3d --step graph --device cpu",
+        "--step graph is for data that is made on the GPU, not for shapes3d, which is read from its file",
+    ),
     ("train --precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU of compute capability 8.0"),
     ("reproduce table2 --budget 0", "--budget must be small, full, a fraction"),
     ("reproduce table2 --seeds 0", "--seeds must be at least 1, got 0"),
@@ -458,6 +462,7 @@ WRONG_VALUES = [
 MISSING_FILES = [
     ("train mnist-vae --data-dir nowhere", "nowhere/MNIST/raw"),
     ("train dsprites-vae --data-dir nowhere", "nowhere; pass --data-dir with the folder that holds it"),
+    ("train --data shapes3d --data-dir nowhere", "nowhere; pass --data-dir with the folder that holds 3dshapes.h5"),
     ("train --resume nowhere", "nowhere is not a run directory"),
     ("evaluate nowhere", "nowhere is not a run directory"),
     ("traverse nowhere", "nowhere is not a run directory"),

@@ -1,11 +1,13 @@
 """The registry of sources: what it opens, what it refuses, and that every source is what it says."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 import tvae.data
-from tvae.data import SOURCES, DataError, SequenceSource, SequenceStream, dsprites, open_source, register
+from tvae.data import SOURCES, DataError, SequenceSource, SequenceStream, dsprites, open_source, register, shapes3d
 from tvae.data.sprites import SpriteSequences
 
 
@@ -34,6 +36,20 @@ def test_open_source(mnist_dir):
         open_source("mnist", "train")
 
 
+@pytest.fixture
+def shapes3d_dir(tmp_path, monkeypatch):
+    """A folder that stands for one with 3D Shapes, whose frames are noise."""
+
+    class Noise:
+        def __getitem__(self, rows):
+            return np.random.default_rng(0).integers(256, size=(len(rows), 64, 64, 3), dtype=np.uint8)
+
+    shapes3d.Shapes3DSequences.file(tmp_path).touch()
+    monkeypatch.setattr(shapes3d, "_opened_hdf5", lambda path: nullcontext({"images": Noise()}))
+    monkeypatch.setattr(shapes3d, "_check", lambda *_: None)
+    return tmp_path
+
+
 class Echo(SequenceSource):
     name = "echo"
     image_shape = (1, 2, 2)
@@ -59,7 +75,7 @@ def test_a_source_of_a_users_own_is_opened_by_its_name(registry):
     assert isinstance(source, Echo)
     assert source.device == torch.device("cpu")
     assert SequenceStream(source, 4, seed=0)[0].images.shape == (4, 3, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"unknown source 'echoes'; choose from .*, rooms, echo$"):
+    with pytest.raises(ValueError, match=r"unknown source 'echoes'; choose from .*, shapes3d, echo$"):
         open_source("echoes", "train")
 
 
@@ -76,8 +92,9 @@ def test_a_name_is_one_sources(registry):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_gives_what_it_says(name, mnist_dir, dsprites_dir):
-    source = open_source(name, "train", dsprites_dir if name == "dsprites" else mnist_dir)
+def test_every_source_gives_what_it_says(name, mnist_dir, dsprites_dir, shapes3d_dir):
+    folders = {"dsprites": dsprites_dir, "shapes3d": shapes3d_dir}
+    source = open_source(name, "train", folders.get(name, mnist_dir))
     assert (source.name, SOURCES[name]) == (name, type(source))
     sequences = min(16, len(source))  # of two digits there are fewer
     images, factors, transformation, axis, label, *_ = SequenceStream(source, sequences, seed=0)[0]

@@ -155,7 +155,7 @@ def test_files_are_in_the_folder_that_is_named_or_in_the_cache(monkeypatch):
     monkeypatch.setattr(config_module, "CACHE", Path("/cache"))
     cpu = torch.device("cpu")
     folders = dict.fromkeys(("mnist", "mnist-rotation-hue", "mnist-open-unseen"), "mnist")
-    for name, folder in (*folders.items(), ("dsprites", "dsprites")):
+    for name, folder in (*folders.items(), ("dsprites", "dsprites"), ("shapes3d", "shapes3d")):
         DataSettings(name).open("train", cpu)
         DataSettings(name, folder=Path("/data")).open("validation", cpu)
         assert opened[-2:] == [

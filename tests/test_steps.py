@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,9 @@ def test_what_the_machine_lacks_is_said_before_anything_is_written(tmp_path, mon
     with pytest.raises(ValueError, match=r"^--precision tf32 needs an NVIDIA GPU of compute capability 8.0 .* got cpu"):
         train(run, "cpu")
     assert [file.name for file in run.path.iterdir()] == ["config.json"]
+    files = Run.create(tmp_path / "files", replace(SMALL, data=DataSettings("shapes3d")))
+    with pytest.raises(ValueError, match="made on the GPU, not for shapes3d, which is read from its file"):
+        train(files, "cpu", step="graph")
     with pytest.raises(ValueError, match="step must be one of eager, compiled, graph; got 'fast'"):
         check_machine("fast", "32-true", cpu)
     with pytest.raises(ValueError, match="--step graph is for one process, got 2"):
@@ -173,7 +177,8 @@ def test_what_the_machine_lacks_is_said_before_anything_is_written(tmp_path, mon
     with pytest.raises(ValueError, match="bf16-mixed needs a GPU that computes in bfloat16"):
         check_machine("graph", "bf16-mixed", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    check_machine("graph", "tf32", cuda)
+    check_machine("graph", "tf32", cuda, data="rooms")
+    check_machine("compiled", "tf32", cuda, data="shapes3d")
 
 
 def test_tf32_is_a_setting_for_the_time_of_the_training_alone():

@@ -83,7 +83,7 @@ class Train:
         config = _with_folder(self.config, self.config.data.folder)
         with _wrong_values():
             device = find_device(self.device)
-            check_machine(self.step, config.training.precision, device, Launched.find().count)
+            check_machine(self.step, config.training.precision, device, Launched.find().count, config.data.name)
             check_processes(config, Launched.find().count)
         sources = Sources(config, device)
         run_dir = expanded(self.run_dir)
@@ -115,7 +115,7 @@ class Resume:
         config = _with_folder(run.config, self.data_dir)
         if self.steps is not None:
             config = replace(config, training=replace(config.training, steps=self.steps))
-        check_machine(self.step, config.training.precision, device, Launched.find().count)
+        check_machine(self.step, config.training.precision, device, Launched.find().count, config.data.name)
         check_processes(config, Launched.find().count)
         sources = Sources(config, device)
         _check(config, sources)

@@ -37,11 +37,13 @@ class DataSettings:
     """Sequences to train on: our own sprites (no files needed), of which one factor advances, or one of x and y; the
     real dSprites; MNIST digits, of which one factor advances, or rotation and hue together, or perspective and hue
     together; still digits; digits on open paths, of which one factor advances and does not come round, and of these 0
-    to 7 alone, or 8 and 9; or our own rooms (no files needed), in the manner of 3D Shapes, on open paths."""
+    to 7 alone, or 8 and 9; our own rooms (no files needed), in the manner of 3D Shapes, on open paths; or the real 3D
+    Shapes on the same."""
     evaluation: Annotated[str | None, tyro.conf.arg(name="evaluation-data")] = None
     """Sequences to evaluate on, where they are not of the same kind."""
     folder: Annotated[Path | None, tyro.conf.arg(name="data-dir")] = None
-    """Folder of local data files. Without it, mnist and dsprites are downloaded to ~/.cache/tvae once."""
+    """Folder of local data files. Without it, mnist and dsprites are downloaded to ~/.cache/tvae once; shapes3d is
+    looked for there, and not downloaded."""
 
     def __post_init__(self):
         for name in (self.name, self.evaluation):
@@ -239,8 +241,10 @@ def check_processes(config: Config, processes: int) -> None:
         raise ValueError(f"a {name} is trained by one process, got {processes}: it needs all of a batch in one place")
 
 
-def check_machine(kind: StepKind, precision: Precision, device: torch.device, processes: int = 1) -> None:
-    """Check that the device, or as many as there are processes, can take steps of a kind in a precision.
+def check_machine(
+    kind: StepKind, precision: Precision, device: torch.device, processes: int = 1, data: str | None = None
+) -> None:
+    """Check that the device, or as many as there are processes, can take steps of a kind in a precision, on the data.
 
     Raises:
         ValueError: it cannot, or there is no such kind or precision.
@@ -249,6 +253,11 @@ def check_machine(kind: StepKind, precision: Precision, device: torch.device, pr
     for name, value, choices in (("step", kind, get_args(StepKind)), ("precision", precision, get_args(Precision))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if kind == "graph" and data is not None and not SOURCES[data].capturable:
+        raise ValueError(
+            f"--step graph is for data that is made on the GPU, not for {data}, which is read from its file batch by "
+            "batch; use --step eager or compiled"
+        )
     if kind == "graph" and device.type != "cuda":
         raise ValueError(f"--step graph needs a GPU, got the device {device.type}; use --step eager or compiled")
     if kind == "graph" and processes > 1:

@@ -29,6 +29,7 @@ from .sequences import (
     SequenceSource,
     SequenceStream,
 )
+from .shapes3d import Shapes3DSequences
 from .sprites import SpriteSequences, SpriteShifts
 
 __all__ = [
@@ -99,5 +100,6 @@ for _source in (
     MNISTOpenSeenSequences,
     MNISTOpenUnseenSequences,
     RoomSequences,
+    Shapes3DSequences,
 ):
     register(_source)

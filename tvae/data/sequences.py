@@ -71,6 +71,7 @@ class SequenceSource(ABC):
     classes: tuple[str, ...] = ()  # what the labels stand for
     open_paths: ClassVar[bool] = False  # what advances starts at index 0, whatever `starts` say, and never comes round
     combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
+    capturable: ClassVar[bool] = True  # `render` computes on the device alone, so that a CUDA graph can hold it
     files: ClassVar[str | None] = None  # folder of the cache that holds what the source reads; None if it reads nothing
     device: torch.device = torch.device("cpu")
 

@@ -63,7 +63,7 @@ def train(
 
     """
     fabric = launch(find_device(device))
-    check_machine(step, run.config.training.precision, fabric.device, fabric.world_size)
+    check_machine(step, run.config.training.precision, fabric.device, fabric.world_size, run.config.data.name)
     check_processes(run.config, fabric.world_size)
     lock = on_first(fabric, run.lock)
     with nullcontext() if lock is None else lock:  # which the first process holds for all
