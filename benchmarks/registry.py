@@ -10,6 +10,7 @@ COMMANDS = (
     "machine-code",
     "training",
     "agreement",
+    "models",
 )
 
 

@@ -12,7 +12,7 @@ from .records import Result
 from .registry import COMMANDS, load
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/rivals.md")
 BLOCK = re.compile(r"(<!-- benchmark: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"cpu": "-cpu", "cuda": "-gpu"}  # of devices, in the names of blocks
 MISSING = {"cpu": "Not measured.", "cuda": "Not measured on a GPU.", "none": "Not measured."}

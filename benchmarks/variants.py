@@ -104,7 +104,8 @@ class Trainer:
         model = untrained_model(config, source)
         self.initial = copy.deepcopy(model.state_dict())
         self.warm_up = GraphStep.EAGER_STEPS if variant.step == "graph" else 1
-        model.topographic = variant.layer(model.topographic)
+        if hasattr(model, "topographic"):
+            model.topographic = variant.layer(model.topographic)
         fabric = Fabric(accelerator=source.device.type, devices=1)
         self.model, self.optimizer = fabric.setup(model, build_optimizer(settings, model))
         stream = SequenceStream(source, settings.batch_size, settings.seed)

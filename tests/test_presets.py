@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tvae.config import Config, EvaluationSettings
+from tvae.config import Config, EvaluationSettings, TrainingSettings
 from tvae.models import TVAE, VAE, BubbleVAE
 from tvae.presets import DEFAULT_PRESET, PRESETS, coherence_length, describe
 from tvae_kernels import Neighborhood
@@ -74,8 +74,45 @@ def test_rivals_and_what_is_compared_with_them_differ_in_the_model_alone():
             assert config.model_class.name == name.split("-")[1]
 
 
+FLOWS = [name for name in PRESETS if name.startswith(("mnist-open", "rooms"))]
+
+
+def test_models_on_open_paths_are_of_one_size_and_trained_alike():
+    for data, size, steps, transformations, frames in (("mnist-open", 18, 90_000, 3, 9), ("rooms", 15, 100_000, 4, 8)):
+        names = [name for name in FLOWS if re.fullmatch(rf"{data}-[a-z]+", name)]
+        kinds = ["vae", "betavae", "factorvae", "slowvae", "tvae", "poflow", "flowvae", "weakflowvae"]
+        assert names == [f"{data}-{kind}" for kind in kinds]
+        for name, kind in zip(names, kinds, strict=True):
+            config = PRESETS[name].config
+            assert config.model_class.name == kind
+            assert (config.model.capsules, config.model.capsule_dim) == (size, size)
+            assert config.training == TrainingSettings("adam", 5e-4, batch_size=16, steps=steps)
+            assert config.data.name == data
+            assert getattr(config.model, "transformations", transformations) == transformations
+            assert getattr(config.model, "frames", frames) == frames
+            if kind == "tvae":
+                assert config.model.neighborhood == Neighborhood(5, 3, time_boundary="zero")
+
+
+def test_ablations_change_one_thing():
+    flow = PRESETS["mnist-open-flowvae"].config
+    for option, change in (
+        ("free", {"gamma": 0}),
+        ("steps2", {"steps_per_frame": 2}),
+        ("steps4", {"steps_per_frame": 4}),
+    ):
+        assert PRESETS[f"mnist-open-flowvae-{option}"].config == replace(flow, model=replace(flow.model, **change))
+    for kind in ("flowvae", "poflow"):
+        seen = PRESETS[f"mnist-open-seen-{kind}"].config
+        assert seen.data.name == "mnist-open-seen"
+        assert seen.data.evaluation is None
+        assert replace(seen, data=flow.data) == PRESETS[f"mnist-open-{kind}"].config
+        unseen = PRESETS[f"mnist-open-seen-{kind}-generalisation"].config
+        assert unseen == replace(seen, data=replace(seen.data, evaluation="mnist-open-unseen"))
+
+
 def test_few_presets_have_names_of_another_form():
-    assert set(PRESETS) - set(NAMED) - set(COMPARED) == {
+    assert set(PRESETS) - set(NAMED) - set(COMPARED) - set(FLOWS) == {
         DEFAULT_PRESET,
         "mnist-still-tvae-torus",
         "sprites-shifts-tvae-axes",
@@ -88,7 +125,7 @@ def test_few_presets_have_names_of_another_form():
     }
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(RIVALS)))
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(RIVALS) - set(FLOWS)))
 def test_older_configurations_are_read_as_what_they_are_now(name):
     config = PRESETS[name].config
     older = json.dumps(flat(config), default=str)

@@ -11,7 +11,19 @@ from fractions import Fraction
 from tvae_kernels import Neighborhood
 
 from .config import Config, DataSettings, EvaluationSettings, TrainingSettings
-from .models import TVAE, VAE, BetaVAE, BubbleVAE, FactorVAE, ModelSettings, SlowVAE
+from .data import SOURCES
+from .models import (
+    TVAE,
+    VAE,
+    BetaVAE,
+    BubbleVAE,
+    FactorVAE,
+    FlowVAE,
+    ModelSettings,
+    PoFlow,
+    SlowVAE,
+    WeakFlowVAE,
+)
 
 DEFAULT_PRESET = "quickstart"
 
@@ -159,6 +171,45 @@ def _add_baselines() -> None:
             _add(name, family.data, model.Settings(family.capsules, family.capsules, **values), training)
 
 
+_OPEN_WINDOW = Neighborhood(5, 3, time_boundary="zero")  # whose rolls do not close, as the paths do not
+_ANNEALED = 1000  # steps; short of any budget that teaches anything
+
+
+def _add_flows() -> None:
+    """Add the latent flows, and what they are compared with, on open paths; batches of 16 sequences, with Adam."""
+    for data, size, steps, transformations in (("mnist-open", 18, 90_000, 3), ("rooms", 15, 100_000, 4)):
+        training = TrainingSettings(**_ADAM, batch_size=16, steps=steps)
+        told, frames = {"transformations": transformations}, SOURCES[data].sequence_length
+        models = {
+            VAE: {},
+            BetaVAE: {},
+            FactorVAE: {},
+            SlowVAE: {},
+            TVAE: {"neighborhood": _OPEN_WINDOW},
+            PoFlow: told,
+            FlowVAE: told,
+            WeakFlowVAE: {**told, "frames": frames, "anneal_steps": _ANNEALED},
+        }
+        for model, values in models.items():
+            _add(f"{data}-{model.name}", DataSettings(data), model.Settings(size, size, **values), training)
+
+
+def _add_ablations() -> None:
+    """Add flows without their penalty, of more steps, and evaluated on digits that they have not seen."""
+    flow = PRESETS["mnist-open-flowvae"].config
+    for option, text, values in (
+        ("free", "no penalty", {"gamma": 0.0}),
+        ("steps2", "2 steps a frame", {"steps_per_frame": 2}),
+        ("steps4", "4 steps a frame", {"steps_per_frame": 4}),
+    ):
+        _add(f"mnist-open-flowvae-{option}", flow.data, replace(flow.model, **values), flow.training, text)
+    for model in (FlowVAE, PoFlow):
+        config = PRESETS[f"mnist-open-{model.name}"].config
+        for data, text in ((None, "digits 0 to 7"), ("mnist-open-unseen", "digits 0 to 7, tested on 8 and 9")):
+            name = f"mnist-open-seen-{model.name}" + ("" if data is None else "-generalisation")
+            _add(name, DataSettings("mnist-open-seen", evaluation=data), config.model, config.training, text)
+
+
 def _add(name: str, data: DataSettings, model: ModelSettings, training: TrainingSettings, text: str = "") -> None:
     config = Config(data, model, training)
     PRESETS[name] = Preset(config, ", ".join(filter(None, (describe(config), text))))
@@ -170,3 +221,5 @@ _add_sprites("sprites")
 _add_sprites("dsprites")
 _add_topographies()
 _add_baselines()
+_add_flows()
+_add_ablations()
