@@ -42,7 +42,7 @@ from .training.run import Run, RunError
 # training, evaluation and figures are imported where needed: they take seconds, which help and errors can do without.
 
 DESCRIPTION = """\
-Topographic VAEs: train them, measure how equivariant their capsules are, look at capsule traversals.
+Topographic VAEs and their rivals: train them, measure how equivariant their capsules are, look at traversals.
 
 `tvae COMMAND --help` lists the options of a command.
 
