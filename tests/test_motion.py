@@ -107,6 +107,13 @@ class Windowed(Seer):
         return super().moved(batch, mix) + torch.tensor([9.0, 0, 1, 0])[:, None, None]
 
 
+class Omniscient(Seer):
+    """A seer whose first capsules have seen all frames."""
+
+    def frames_seen(self, steps):
+        return torch.ones(steps, dtype=torch.bool)
+
+
 def test_frames_that_were_not_seen_have_an_error_of_their_own():
     rows, taken = rows_of(Windowed(Blocks.image_shape), Blocks())
     images, axis = images_of(taken)
@@ -118,9 +125,10 @@ def test_frames_that_were_not_seen_have_an_error_of_their_own():
     assert rows["pixel_error", "unseen frames"].value == pytest.approx(48)
     seen = rows["pixel_error", "frames seen"]
     assert (seen.label, seen.value, seen.unit, seen.digits) == ("frames seen", 3, "of 4", 0)
-    rows, _ = rows_of(Seer(Blocks.image_shape), Blocks())
-    assert rows["pixel_error", "frames seen"].value == 1
-    assert ("pixel_error", "unseen frames") not in rows  # the same as without the name
+    for model, count in ((Seer(Blocks.image_shape), 1), (Omniscient(Blocks.image_shape), 4)):
+        rows, _ = rows_of(model, Blocks())
+        assert rows["pixel_error", "frames seen"].value == count
+        assert ("pixel_error", "unseen frames") not in rows  # which are all others, or none
 
 
 # --- what applies -----------------------------------------------------------------------------------------------------
@@ -261,7 +269,9 @@ def test_other_metrics_stay_as_they_are_bit_for_bit(monkeypatch):
 
 
 def test_the_likelihood_is_that_of_the_frames_after_the_first_along_the_path():
-    rows, taken = rows_of(Seer(Blocks.image_shape, 0.5), Blocks())
+    off = torch.full((4, 3, 16), 0.5)
+    off[0] = 100  # of the first frame, which is given
+    rows, taken = rows_of(Seer(Blocks.image_shape, off), Blocks())
     images, axis = images_of(taken)
     expected = {}
     for k, name in enumerate(("x", "hue")):
