@@ -31,6 +31,7 @@ SHOWN = ("", "precision")
 IMPORTANCE_SAMPLES = 10
 METRICS = ("ELBO", "E_eq", "CapCorr")  # heads of the tables
 CAPCORR = "capcorr"
+JUMPING = (CAPCORR, "active_units", "transformation_accuracy", "vp_score")  # keys of metrics that are made of counts
 DIFFERENCE = "largest difference"
 
 
@@ -128,8 +129,9 @@ def measure(
 
     Returns:
         A record for each training: its metrics, and the largest difference of one from that of the first training,
-        over the latter's value. CapCorr is left out: it is made of positions of maxima, and changes in jumps. Where
-        the preset's data is missing, there is one record, which says so.
+        over the latter's value. CapCorr, which is made of positions of maxima, and other metrics that are made of
+        counts are left out: they change in jumps, and may be 0. Where the preset's data is missing, there is one
+        record, which says so.
 
     """
     config, chosen = case.config, chosen or trainings(case.preset, device)
@@ -150,7 +152,7 @@ def measure(
                 trainer.take(i)
         rows = evaluate(trainer.model.module, fixed, EvaluationSettings(importance_samples=IMPORTANCE_SAMPLES))
         metrics[training.name] = {_value_name(row.key, row.part): row.value for row in rows}
-        jumping |= {_value_name(row.key, row.part) for row in rows if row.key == CAPCORR}
+        jumping |= {_value_name(row.key, row.part) for row in rows if row.key in JUMPING}
     first = metrics[chosen[0].name]
     smooth = [metric for metric in first if metric not in jumping]
     differences = {x: max(abs(y[m] - first[m]) / abs(first[m]) for m in smooth) for x, y in metrics.items()}
