@@ -66,6 +66,10 @@ def test_an_evaluation_takes_the_sum_over_all_flows(model, batch):
         else:
             torch.testing.assert_close(elbo.terms[name], x, **DOUBLE)
     assert torch.equal(elbo.objective, elbo.total)
+    assert len(L.argmax(0).unique()) > 1
+    z = elbo.t[:, 0].flatten(1)
+    heaviest = model.path(model.follow(z, FRAMES, model.mix(L.argmax(0), FRAMES)))
+    torch.testing.assert_close(elbo.t, heaviest, **DOUBLE)
     assert model.training_calls == 0
     assert elbo.axis is None
 
