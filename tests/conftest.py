@@ -6,6 +6,8 @@ import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # set before torch starts: threads of busy processes wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Believe the CPU in what instructions it has; else the compiler starts a process that imports torch for each kind.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import interpreter
 import numpy as np
@@ -29,16 +31,18 @@ settings.load_profile("repeatable")
 HEAVY = (
     "compile latents",
     "test_composition",
-    "test_topographies",
-    "test_topographic",
-    "compiler",
-    "test_latents",
-    "kills",
     "test_cli",
+    "kills",
+    "test_topographies",
+    "compiler",
     "torchrun",
-    "test_parallel",
-    "test_triton_plain",
+    "test_topographic",
     "test_open",
+    "test_hard_values",
+    "test_latents",
+    "test_loop",
+    "test_start",
+    "test_parallel",
     "compile",
 )
 

@@ -313,7 +313,15 @@ def test_infinite_and_undefined_values_stay_in_their_windows(kernel_backend, dev
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
-    "name", ["a root for each axis", "padded", exhaustive("fractional speeds"), exhaustive("phase shift")]
+    ("kernel_backend", "name"),
+    [
+        ("torch", "a root for each axis"),
+        ("triton", "padded"),
+        exhaustive("torch", "padded"),
+        exhaustive("triton", "a root for each axis"),
+        *(exhaustive(b, name) for b in ("torch", "triton") for name in ("fractional speeds", "phase shift")),
+    ],
+    indirect=["kernel_backend"],
 )
 def test_compiled_in_one_graph(kernel_backend, device, name):
     neighborhood, dim = TOPOGRAPHIES[name]
