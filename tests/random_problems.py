@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from hypothesis import strategies as st
@@ -147,21 +148,19 @@ def definition(case: Case, z, u, mu, weights, dt, axis) -> list[Tensor]:
 def _t(case: Case, z, u, mu, weights, axis) -> Tensor:
     n = case.neighborhood
     B, S, C, D = case.shape
-    if C == 0:
+    if C == 0 or B == 0:
         return z - mu
+    if isinstance(axis, Tensor):  # each sequence by itself: in it, and in its gradient, other roots have no part
+        alone = replace(case, shape=(1, S, C, D))
+        each = zip(z.split(1), u.split(1), axis.tolist(), strict=True)
+        return torch.cat([_t(alone, one_z, one_u, mu, weights, a) for one_z, one_u, a in each])
     v = [[] for _ in range(n.root_count)]
     for c in range(C):
         own = None if weights is None else weights[c] if case.weighted == "capsule" else weights
         for root, sums in enumerate(_sums(n, u[:, :, c], S, D, 1 if n.speeds is None else n.speeds[c], own)):
             v[root].append(sums)
     roots = [(torch.stack(x, 2) + case.eps).sqrt() for x in v]  # (B, S, C, D)
-    if axis is None:
-        return (z - mu) / sum(roots)
-    if isinstance(axis, int):
-        return (z - mu) / roots[axis]
-    if B == 0:
-        return (z - mu) / roots[0]
-    return torch.stack([((z - mu)[b] if z.ndim == 4 else z) / roots[a][b] for b, a in enumerate(axis.tolist())])
+    return (z - mu) / (sum(roots) if axis is None else roots[axis])
 
 
 def _sums(n: Neighborhood, u: Tensor, S: int, D: int, speed: float, weights) -> list[Tensor]:
@@ -195,10 +194,10 @@ def _sums(n: Neighborhood, u: Tensor, S: int, D: int, speed: float, weights) -> 
                 first = 0 if n.roots == "one" else sum(windows[:root])
                 for number, k in enumerate(itertools.product(*(centred[a] for a in axes))):
                     for flat, d in enumerate(itertools.product(*map(range, lengths))):
-                        where = [float(x) for x in d]
+                        where = list(d)
                         for a, ka in zip(axes, k, strict=True):
                             roll = 0 if offset_of_energy else round(shifts[a] * speed * i, 12)
-                            where[a] += roll + ka
+                            where[a] += Fraction(roll) + ka
                         for coefficient, at in _corners(where, lengths, padding, lengths_u, n.capsule_boundary):
                             v, e, w, c = pairs[root]
                             v.append(l * D + flat)
@@ -216,11 +215,11 @@ def _sums(n: Neighborhood, u: Tensor, S: int, D: int, speed: float, weights) -> 
 
 
 def _corners(where, lengths, padding, lengths_u, boundary):
-    """Elements of `u` around a point, each with its coefficient: along each axis 1 - distance."""
+    """Elements of `u` around a point of fractions, each with its coefficient: along each axis 1 - distance."""
     axes = []
     for x, length, (before, _), length_u in zip(where, lengths, padding, lengths_u, strict=True):
-        low = math.floor(round(x, 12))
-        part = round(x, 12) - low
+        low = math.floor(x)
+        part = x - low
         found = []
         for coefficient, at in ((1 - part, low), (part, low + 1)):
             at = at % length if boundary == "circular" else at + before
@@ -231,7 +230,7 @@ def _corners(where, lengths, padding, lengths_u, boundary):
         flat = 0
         for (_, at), length in zip(corner, lengths_u, strict=True):
             flat = flat * length + at
-        yield math.prod(c for c, _ in corner), flat
+        yield float(math.prod(c for c, _ in corner)), flat
 
 
 def _phase_shifted(u: Tensor, offset: float) -> Tensor:

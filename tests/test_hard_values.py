@@ -141,6 +141,22 @@ def test_padded_capsules_may_roll_along_a_known_axis(backend, device, weighted):
             torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_narrow_types_along_axes_are_rounded_once(backend, device, dtype):
+    """That of `mu` is a sum over all axes, here of parts that nearly cancel."""
+    neighborhood = Neighborhood(3, 2, axes=(2, 2), roots="each axis")
+    z, u, dt = (normal(4, 3, 2, 4, seed=s, dtype=dtype).to(device) for s in range(3))
+    axis = torch.tensor([0, 1, 0, 1], device=device)
+    dt = dt.abs() * (1 - 2 * axis.to(dtype))[:, None, None, None]
+    mu = normal(2, 4, seed=7, dtype=dtype).to(device)
+    exact = solve("reference", neighborhood, *(x.double() for x in (z, u, mu)), None, dt.double(), axis=axis)
+    for x, y in zip(solve(backend, neighborhood, z, u, mu, None, dt, axis=axis), exact, strict=True):
+        assert x.dtype == dtype
+        # sums of at most 24 terms in float32, of the size of the largest, and one rounding (the interpreter cuts off)
+        bound = torch.finfo(dtype).eps * y.abs() + 100 * torch.finfo(f32).eps * y.abs().max()
+        assert ((x.double() - y).abs() <= bound).all()
+
+
 # --- phases of far shifts, of no capsules, of narrow types ------------------------------------------------------------
 
 FAR = [500.5, 33_333.67, 1e7 + 0.5]

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -79,6 +80,15 @@ def test_padding_is_as_far_as_any_tap_reaches(causal, roots):
     offsets = list(zip(*(tap.offsets for speed in n.speeds for tap in n.taps(speed)), strict=True))
     expected = tuple((-math.floor(min(x)), math.ceil(max(x))) for x in offsets)
     assert n.padding() == ((-n.time_taps[0], n.time_taps[-1]), expected)
+
+
+@pytest.mark.parametrize("shift", [0.1, 1 / 3, -1.25, -0.1, 1000.1, -1e9 - 0.3, 2.0**60, -2.0])
+def test_coefficients_of_fractions_are_those_of_the_exact_ones(shift):
+    """Rounded once: whatever the window adds to a roll, and however near to a position the roll is."""
+    for tap in Neighborhood(4, 5, shift).taps():
+        place = Fraction(tap.roll[0]) + tap.window[0]
+        expected = {math.floor(place): float(1 - place % 1), math.floor(place) + 1: float(place % 1)}
+        assert {at: part for part, (at,) in tap.corners} == {at: part for at, part in expected.items() if part}
 
 
 def test_is_frozen_and_survives_copies():

@@ -145,6 +145,7 @@ def within_reach(inputs: Inputs, window: Window) -> tuple[Inputs, Window]:
         else:
             for axis, middle in enumerate(kept):
                 weights = weights.narrow(time + 1 + axis, *middle)
+        weights = weights.contiguous()  # as `promoted` promises
     return inputs._replace(weights=weights), window._replace(neighborhood=shorter)
 
 

@@ -74,15 +74,14 @@ def topographic(
     check(inputs, window)
     if not isinstance(eps, float):
         window = Window(neighborhood, float(eps))
+    backend, inputs = resolve_backend(backend, z.device), promoted(inputs)
     return _topographic(inputs, window, backend) if axis is None else _on_axis(axis, inputs, window, backend)
 
 
 def _topographic(inputs: Inputs, window: Window, backend: str) -> Tensor:
-    """Return `topographic` of what has been checked."""
-    backend = resolve_backend(backend, inputs.z.device)
+    """Return `topographic` of what has been checked and promoted."""
     if not torch.compiler.is_compiling():  # a compiler cannot make a neighbourhood
         inputs, window = within_reach(inputs, window)
-    inputs = promoted(inputs)
     if backend == "reference":
         return reference.topographic(inputs, window)
     # Under torch.func a tensor that needs a gradient does not always say so, but grad mode does.
@@ -114,7 +113,7 @@ def _on_axis(axis: int | Tensor, inputs: Inputs, window: Window, backend: str) -
     alone = neighborhood.along(axis)
     if weights is not None:
         columns = weights.split(list(neighborhood.capsule_window), -1)[axis]
-        weights = columns.reshape(*weights.shape[:-2], *alone.weights_shape)
+        weights = columns.reshape(*weights.shape[:-2], *alone.weights_shape).contiguous()
     inputs = Inputs(z, _known_around(u, axis, neighborhood), mu, weights)
     return _topographic(inputs, Window(alone, eps), backend)
 
@@ -133,7 +132,7 @@ def _with_weights_for_each(here: Tensor, axis: int, inputs: Inputs, window: Wind
         weights = weights.expand(capsules, *weights.shape)
     weights = weights.where(here.reshape(batch, *(1,) * weights.ndim), 1).flatten(0, 1)
     z, u = (x.transpose(0, 1).flatten(1, 2)[None] for x in (z, u))
-    if isinstance(mu, Tensor) and mu.ndim == 2:
+    if mu.ndim == 2:
         mu = mu.expand(capsules, -1).repeat(batch, 1)
     t = _on_axis(axis, Inputs(z, u, mu, weights), window, backend)  # of which the speeds take turns
     return t[0].unflatten(1, (batch, capsules)).transpose(0, 1)

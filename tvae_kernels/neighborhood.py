@@ -34,6 +34,11 @@ class Tap(NamedTuple):
         """Add roll and window together."""
         return tuple(a + b for a, b in zip(self.roll, self.window, strict=True))
 
+    @property
+    def corners(self) -> list[tuple[float, tuple[int, ...]]]:
+        """Return the whole offsets around it with their coefficients, exact ones: of the roll before it is moved."""
+        return [(part, tuple(a + b for a, b in zip(o, self.window, strict=True))) for part, o in corners(self.roll)]
+
 
 @dataclass(frozen=True)
 class Neighborhood:
@@ -349,8 +354,9 @@ def corners(offsets: tuple[float, ...]) -> list[tuple[float, tuple[int, ...]]]:
     axes = []
     for offset in offsets:
         low = math.floor(offset)
-        part = offset - low
-        axes.append([(1 - part, low), (part, low + 1)] if part else [(1.0, low)])
+        above = offset - low
+        # each coefficient by one subtraction: 1 - above would keep the rounding error of a sum with a whole number
+        axes.append([(low + 1 - offset, low), (above, low + 1)] if above else [(1.0, low)])
     return [(math.prod([c for c, _ in x]), tuple([o for _, o in x])) for x in itertools.product(*axes)]
 
 

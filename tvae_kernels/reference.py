@@ -126,10 +126,10 @@ def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tup
     for tap in neighborhood.taps():
         x, inside = (moved(y, 1, tap.time, neighborhood.time_boundary, first, steps) for y in (source, everywhere))
         if neighborhood.by_phase:
-            x = interpolated(phase_shifted(x, tap.roll[0]).square(), tap.window, "circular")
+            x = interpolated(phase_shifted(x, tap.roll[0]).square(), [(1, tap.window)], "circular")
         else:
             x, inside = (
-                interpolated(y, tap.offsets, neighborhood.capsule_boundary, capsule, lengths) for y in (x, inside)
+                interpolated(y, tap.corners, neighborhood.capsule_boundary, capsule, lengths) for y in (x, inside)
             )
         yield tap, x.flatten(3), inside.flatten(3) > 0 if _is_cut(neighborhood) else None
 

@@ -34,22 +34,25 @@ def moved(x: Tensor, axis: int, offset: int, boundary: str, before: int = 0, len
     return F.pad(x, (0, 0) * after_it + (-offset, offset))
 
 
-def interpolated(x: Tensor, offsets: tuple[float, ...], boundary: str, padding=None, lengths=None) -> Tensor:
-    """Return `x` at real offsets along its last axes, one for each, interpolated linearly between whole ones (Eq. 19).
+def interpolated(
+    x: Tensor, parts: list[tuple[float, tuple[int, ...]]], boundary: str, padding=None, lengths=None
+) -> Tensor:
+    """Return the sum of `x` at some whole offsets along its last axes, each with a coefficient: see `corners`.
 
     Args:
         x: `(..., D1, D2, ...)`.
-        offsets: one for each of the last axes.
+        parts: coefficients and offsets, one for each of the last axes.
         boundary: of these axes, as in `moved`.
         padding: of each axis, before and after it.
         lengths: of each axis without its padding.
 
     """
-    first = x.ndim - len(offsets)
-    padding = padding or ((0, 0),) * len(offsets)
+    count = len(parts[0][1])
+    first = x.ndim - count
+    padding = padding or ((0, 0),) * count
     lengths = lengths or x.shape[first:]
     total = None
-    for coefficient, whole in corners(offsets):
+    for coefficient, whole in parts:
         part = x
         for axis, offset in enumerate(whole):
             part = moved(part, first + axis, offset, boundary, padding[axis][0], lengths[axis])
@@ -129,6 +132,5 @@ def roll_capsules(t: Tensor, steps: float, neighborhood: Neighborhood, axis: int
     if neighborhood.roll == "fourier":
         return phase_shifted(t, offsets[0])
     boundary = "circular" if neighborhood.capsule_boundary == "circular" else "zero"
-    return interpolated(t.reshape((*t.shape[:-1], *neighborhood.lengths(t.shape[-1]))), offsets, boundary).flatten(
-        t.ndim - 1
-    )
+    t = t.reshape((*t.shape[:-1], *neighborhood.lengths(t.shape[-1])))
+    return interpolated(t, corners(offsets), boundary).flatten(-len(offsets))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..neighborhood import Neighborhood, corners
+from ..neighborhood import Neighborhood
 from ..roll import phase_shifted
 
 AXES = 3  # of every table; missing ones come first and have one position
@@ -42,7 +42,7 @@ def table(neighborhood: Neighborhood, capsules: int, dim: int, dtype: torch.dtyp
     lengths = neighborhood.lengths(dim)
     times, numbers, roots, offsets, coefficients = [], [], [], [[] for _ in distinct], [[] for _ in distinct]
     for taps in zip(*(neighborhood.taps(speed) for speed in distinct), strict=True):
-        found = [corners(tap.offsets) for tap in taps]
+        found = [tap.corners for tap in taps]
         count = max(map(len, found))
         first = -before if neighborhood.time_boundary == "padded" else 0
         times += [taps[0].time - first] * count
