@@ -16,7 +16,7 @@ from torch import nn
 from tvae.config import Config, EvaluationSettings, Precision, check_machine
 from tvae.data import SOURCES, DataError, FixedSequences
 from tvae.evaluation import evaluate
-from tvae.models import VAE
+from tvae.models import TVAE
 from tvae.presets import PRESETS
 from tvae.training.steps import matmul_precision
 
@@ -75,7 +75,9 @@ class Case:
 
 def cases(data_dir: Path | None) -> list[Case]:
     """List every preset with a topography, with the folder's data; without a folder those that need no files."""
-    every = [Case(name, config_of(name, data_dir)) for name, x in PRESETS.items() if x.config.model_class is not VAE]
+    every = [
+        Case(name, config_of(name, data_dir)) for name, x in PRESETS.items() if issubclass(x.config.model_class, TVAE)
+    ]
     return [case for case in every if data_dir is not None or SOURCES[case.config.data.name].files is None]
 
 

@@ -11,7 +11,7 @@ from benchmarks.agreement import FUSED, Case
 from benchmarks.records import Record
 from benchmarks.variants import SPRITES, GivenNoise, Variant
 from tvae.config import Config, DataSettings, TrainingSettings
-from tvae.models import TVAE, VAE
+from tvae.models import TVAE
 from tvae.presets import PRESETS
 from tvae_kernels import Neighborhood
 
@@ -46,11 +46,11 @@ def test_training_fused_and_in_other_precisions_is_compared_by_its_metrics(tmp_p
 
 def test_presets_to_compare_are_those_with_a_topography_whose_data_is_there(tmp_path):
     chosen = agreement.cases(tmp_path)
-    assert not any(PRESETS[case.preset].config.model_class is VAE for case in chosen)
-    without = sum(preset.config.model_class is VAE for preset in PRESETS.values())
+    assert all(hasattr(PRESETS[case.preset].config.model, "neighborhood") for case in chosen)
+    without = sum(not hasattr(preset.config.model, "neighborhood") for preset in PRESETS.values())
     assert without + len(chosen) == len(PRESETS)
     assert all(case.config.data.folder == tmp_path for case in chosen)
-    assert all(case.config.data.name.startswith("sprites") for case in agreement.cases(None))
+    assert all(case.config.data.name.startswith(("sprites", "rooms")) for case in agreement.cases(None))
     assert [training.precision for training in agreement.trainings("quickstart", CPU)] == ["32-true"] * 3
 
 
