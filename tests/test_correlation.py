@@ -15,8 +15,8 @@ def normal(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def total_correlation(*batches):
-    metric = TotalCorrelation(math.prod(batches[0].shape[2:]))
+def total_correlation(*batches, shared=False):
+    metric = TotalCorrelation(shared)
     for t in batches:
         metric.update(t)
     return metric
@@ -45,28 +45,83 @@ def test_chance_is_what_independent_variables_give():
     assert metric.chance() == pytest.approx(12 * 11 / (4 * 200), rel=0.1)
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
-def test_it_depends_on_no_scale_place_order_or_batches(scale):
+@pytest.mark.parametrize("place", [1.0, 1e6])
+def test_it_does_not_depend_on_where_variables_lie(place):
     t = normal(40, 5, 2, 3) @ normal(3, 3)
     expected = total_correlation(t).compute()
-    moved = scale * (t * torch.tensor([1, 1e3, 1e-3])) - scale
-    # 200 squares are added; 1 / 1e-3 of the numbers are lost where they lie beside the mean
-    error = 1e6 * math.sqrt(200) * torch.finfo(torch.float64).eps * 10
-    torch.testing.assert_close(total_correlation(moved).compute(), expected, rtol=error, atol=error)
-    found = total_correlation(t[30:], t[:10], t[10:30]).compute()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # where numbers are rounded to 53 bits of their place, and 6 variables are compared over 200 frames
+    error = 6 * math.sqrt(200) * place * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(total_correlation(t + place).compute(), expected, rtol=error, atol=error)
 
 
-def test_what_never_varies_has_no_part_and_too_few_frames_say_why():
-    t = normal(40, 5, 1, 3)
-    still = torch.cat((t, torch.full((40, 5, 1, 1), 1e6)), -1)
-    found, expected = total_correlation(still), total_correlation(t)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 123.4567, 1e6])
+@pytest.mark.parametrize("size", [1, 24])
+def test_what_never_varies_has_no_part(value, size):
+    """Whatever it is: of most numbers the sum of squares has no exact mean."""
+    t = normal(240, 15, 1, 3).float()
+    still = torch.cat((t, torch.full((240, 15, 1, 5), value)), -1)
+    found, expected = total_correlation(*still.split(size)), total_correlation(t)
     torch.testing.assert_close(found.compute(), expected.compute(), rtol=1e-12, atol=1e-12)
     assert found.chance() == expected.chance()
-    (row,) = total_correlation(normal(2, 4, 2, 5)).rows()
+    (row,) = total_correlation(torch.ones(3, 4, 2, 2)).rows()
+    assert (str(row.value), row.chance, row.note) == ("0.0", 0.0, "")
+
+
+def test_a_variable_that_varies_a_little_far_from_0_has_its_part():
+    """By the last bits of float32, which is 1e-14 of its square."""
+    t = normal(40, 5, 1, 2).float()
+    bits = (t[..., :1] > 0).float()
+    far = torch.cat((t[..., 1:], 1e6 + bits / 16), -1)
+    near = torch.cat((t[..., 1:], bits), -1)
+    assert torch.equal(far[..., 1:] - 1e6, bits / 16)
+    expected = total_correlation(near).compute()
+    assert expected > 0
+    torch.testing.assert_close(total_correlation(far).compute(), expected, rtol=1e-7, atol=1e-12)
+
+
+def nothing(change):
+    t = normal(40, 5, 2, 3)
+    change(t)
+    return t
+
+
+@pytest.mark.parametrize(
+    ("t", "reason"),
+    [
+        (normal(2, 4, 2, 5), "of 8 frames, with 10 variables"),
+        (nothing(lambda t: t[3, 2, 1, 1].fill_(math.nan)), "capsules are not finite"),
+        (nothing(lambda t: t.fill_(math.nan)), "capsules are not finite"),
+        (nothing(lambda t: t[3, 2, 1, 1].fill_(math.inf)), "capsules are not finite"),
+        (nothing(lambda t: t[..., 1].copy_(t[..., 2])), "variables are linear functions of others"),
+        (nothing(lambda t: t[:, :, 0, 0].copy_(t[:, :, 1].sum(-1) - 3)), "variables are linear functions of others"),
+    ],
+    ids=["few frames", "one NaN", "NaN", "one infinity", "twice the same", "a sum"],
+)
+def test_where_there_is_none_it_is_nan_with_a_reason(t, reason):
+    (row,) = total_correlation(t).rows()
     assert math.isnan(row.value)
-    assert math.isnan(row.chance)
-    assert row.note == "of 8 frames, with 10 variables"
+    assert row.note == reason
+    assert math.isnan(row.chance) == reason.startswith("of")
+
+
+def test_one_frame_more_than_variables_is_enough():
+    """Of n + 1 frames less their mean n are independent."""
+    (row,) = total_correlation(normal(1, 11, 1, 10)).rows()
+    assert 0 < row.chance < math.inf
+    assert 0 < row.value < math.inf
+    (row,) = total_correlation(normal(1, 10, 1, 10)).rows()
+    assert math.isnan(row.value)
+
+
+def test_frames_that_share_their_latent_variables_are_one_draw():
+    """Copies in all frames: the value of one frame a sequence, beside the chance of as many frames as sequences."""
+    z = normal(30, 1, 2, 3)
+    found, single = total_correlation(z.expand(-1, 9, -1, -1), shared=True), total_correlation(z)
+    torch.testing.assert_close(found.compute(), single.compute(), rtol=1e-12, atol=1e-12)
+    assert found.chance() == single.chance()
+    (row,) = total_correlation(normal(6, 9, 2, 3), shared=True).rows()
+    assert math.isnan(row.value)
+    assert row.note == "of 6 sequences, with 6 variables"
 
 
 def test_active_units_are_those_whose_means_vary():
@@ -76,7 +131,11 @@ def test_active_units_are_those_whose_means_vary():
     for part in means.split(4):
         metric.update(part)
     (row,) = metric.rows()
-    assert (row.value, row.chance, row.label) == (2, 0, "active units of 4")
+    assert (row.value, row.chance, row.label, row.note) == (2, 0, "active units of 4", "")
+    metric.update(torch.full((1, 10, 1, 4), math.nan))
+    (row,) = metric.rows()
+    assert math.isnan(row.value)
+    assert row.note == "posterior means are not finite"
 
 
 @pytest.mark.parametrize("kind", [VAE, TVAE])

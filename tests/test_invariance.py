@@ -7,6 +7,7 @@ import torch
 
 from tvae.evaluation import load, save, table
 from tvae.metrics import (
+    ActiveUnits,
     CapCorr,
     ELBOTerms,
     EquivarianceError,
@@ -14,6 +15,7 @@ from tvae.metrics import (
     MovedLikelihood,
     PixelError,
     Row,
+    TotalCorrelation,
     TransformationAccuracy,
     equivariance_error,
     observed_roll,
@@ -60,6 +62,16 @@ def test_metrics_of_capsules_do_not_depend_on_their_scale(rolls, scale, dtype):
     assert torch.equal(observed_roll(scaled[:, 0], scaled, rolls), observed_roll(t[:, 0], t, rolls))
     if rolls is not AXES:  # where the larger products choose the axis
         assert torch.equal(observed_roll(single[:, 0], single, rolls), observed_roll(t[:, 0], t, rolls))
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-30, torch.float32), (1e25, torch.float32), (1e-250, torch.float64)])
+def test_the_total_correlation_does_not_depend_on_scales(scale, dtype):
+    """Of all variables, and of some of them."""
+    t, power = normal(10, 15, 3, 15).to(dtype), 2.0 ** round(math.log2(scale))
+    one, every, some = (added(TotalCorrelation(), [range(10)], x) for x in (t, t * power, t.clone()))
+    some.samples[0][:, ::7] *= power
+    assert one.rows() == every.rows() == some.rows()
+    assert math.isfinite(one.rows()[0].value)
 
 
 def test_the_axis_is_that_of_the_larger_products_before_they_are_scaled():
@@ -151,6 +163,25 @@ def moved(metric, parts):
     return metric
 
 
+def added(metric, parts, t):
+    """A metric of all frames of capsules or posterior means that come in parts."""
+    for part in parts:
+        metric.update(t[part])
+    return metric
+
+
+CORRELATED = normal(24, 15, 2, 3) * torch.linspace(0.03, 0.3, 3) + normal(24, 1, 2, 1) / 10
+COUNTED = {"total correlation": TotalCorrelation, "active units": lambda: ActiveUnits(6)}
+
+
+@pytest.mark.parametrize("make", COUNTED.values(), ids=COUNTED)
+@pytest.mark.parametrize("parts", PARTED.values(), ids=PARTED)
+def test_metrics_of_variables_do_not_depend_on_batches(parts, make):
+    expected = added(make(), WHOLE, CORRELATED).rows()
+    assert expected[0].value > expected[0].chance
+    assert_alike(added(make(), parts, CORRELATED).rows(), expected)
+
+
 MOVED = {
     "pixel error": lambda: PixelError(["x", "y"], 3),
     "likelihood": lambda: MovedLikelihood(["x", "y"], Bernoulli(), 3, (1, 5, 7)),
@@ -197,11 +228,19 @@ def test_metrics_do_not_depend_on_the_number_of_processes():
         assert metric.compute() == pytest.approx(expected if isinstance(expected, dict) else expected.item())
 
 
-@pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
-def test_metrics_of_motion_do_not_depend_on_the_number_of_processes(make):
+def counted(metric, parts):
+    return added(metric, parts, CORRELATED)
+
+
+NEWER = [*((moved, make) for make in MOVED.values()), *((counted, make) for make in COUNTED.values())]
+newer = pytest.mark.parametrize(("measured", "make"), NEWER, ids=[*MOVED, *COUNTED])
+
+
+@newer
+def test_metrics_of_motion_and_of_variables_do_not_depend_on_the_number_of_processes(measured, make):
     """As above; images of several processes come as one tensor."""
     parts = [list(range(0, 8)), list(range(8, 12)), list(range(12, 24))]
-    whole, (metric, *others) = moved(make(), WHOLE), [moved(make(), [part]) for part in parts]
+    whole, (metric, *others) = measured(make(), WHOLE), [measured(make(), [part]) for part in parts]
     holders = [getattr(x, "errors", x) for x in (metric, *others)]  # of the states
     asked = iter(list(holders[0]._defaults) * 10)
 
@@ -215,10 +254,10 @@ def test_metrics_of_motion_do_not_depend_on_the_number_of_processes(make):
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.device("meta")], ids=str)
-@pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
-def test_metrics_of_motion_do_not_depend_on_pytorchs_defaults(default, make):
-    metric = moved(make(), WHOLE)
-    expected = moved(make(), WHOLE).rows()
+@newer
+def test_metrics_of_motion_and_of_variables_do_not_depend_on_pytorchs_defaults(default, measured, make):
+    metric = measured(make(), WHOLE)
+    expected = measured(make(), WHOLE).rows()
     if isinstance(default, torch.dtype):
         torch.set_default_dtype(default)
     else:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from ..config import EvaluationSettings
 from ..data import SequenceBatch, SequenceSource
 from ..models import ELBO, SequenceModel
 from ..models.layers import Capsules
 from .base import EvaluationMetric, Row
+from .equivariance import scale_of
 
 ACTIVE = 0.01  # variance over frames of a posterior mean, above which its variable is active (Burda et al. 2016)
 
@@ -20,63 +25,81 @@ class TotalCorrelation(EvaluationMetric):
     """Total correlation of a Gaussian with the correlations R of sampled capsules over all frames, `-½ log det R`.
 
     0 for uncorrelated variables; what is not Gaussian about them is not seen. A variable that never changes has no
-    part in it. NaN where there are no more frames than variables. Chance: its expectation for as many frames of iid
-    Gaussian variables, which is above 0, for their correlations are estimates.
+    part in it. NaN where there is none; `reason` says why. Chance: its expectation for as many independent draws of
+    iid Gaussian variables, which is above 0, for their correlations are estimates.
+
+    All samples are kept, a tenth of the memory that their images take: a variable that lies far from 0, or at another
+    scale than others, is measured as well as any.
 
     Args:
-        size: number of variables of a frame.
+        shared: the frames of a sequence share their latent variables, of which there are then as many independent
+            draws as there are sequences, and not as there are frames.
 
     """
 
     key = "total_correlation"
     higher_is_better = False
 
-    def __init__(self, size: int):
+    def __init__(self, shared: bool = False):
         super().__init__()
-        self.size = size
-        for name, shape in (("count", ()), ("sums", (size,)), ("products", (size, size))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.shared = shared
+        self.add_state("samples", [], dist_reduce_fx="cat")
+        self.add_state("sequences", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, t: Capsules) -> None:
         """Add the frames of a batch of capsules."""
-        x = t.flatten(0, 1).flatten(1).double()
-        self.count += len(x)
-        self.sums += x.sum(0)
-        self.products += x.T @ x
+        self.samples.append(t.flatten(0, 1).flatten(1))
+        self.sequences += len(t)
 
     def compute(self) -> Tensor:
-        """Return the total correlation in nats."""
-        correlation = self._correlation()
-        if not self._enough(len(correlation)):
-            return torch.tensor(math.nan, dtype=torch.float64)
-        return -torch.linalg.slogdet(correlation)[1] / 2
+        """Return the total correlation in nats; NaN where there is none."""
+        return self._found()[0]
+
+    def reason(self) -> str:
+        """Say why there is no total correlation; nothing where there is one."""
+        with self._all_processes():
+            return self._found()[1]
 
     def chance(self) -> float:
         """Return the expected value for independent variables: of the determinant of a Wishart matrix."""
-        size = len(self._correlation())
-        if not self._enough(size):
+        with self._all_processes():
+            x, freedom = dim_zero_cat(self.samples), self._draws() - 1
+            size = int(_varies(x).sum())
+        if freedom < size:
             return math.nan
-        freedom = self.count.cpu() - 1
         each = (freedom - torch.arange(size, dtype=torch.float64, device="cpu")) / 2
-        return (torch.digamma(freedom / 2) - torch.digamma(each)).sum().item() / 2
+        return (torch.digamma(torch.full_like(each, freedom / 2)) - torch.digamma(each)).sum().item() / 2
 
-    def _correlation(self) -> Tensor:
-        """Return the correlations of all variables that vary by more than the rounding errors of their moments."""
-        mean = self.sums / self.count
-        covariance = self.products / self.count - torch.outer(mean, mean)
-        rounding = 4 * torch.finfo(torch.float64).eps * self.products.diagonal() / self.count
-        varies = covariance.diagonal() > rounding
-        covariance = covariance[varies][:, varies]
-        scale = covariance.diagonal().sqrt()
-        return covariance / scale / scale[:, None]
+    def _found(self) -> tuple[Tensor, str]:
+        """Return the total correlation, or NaN and why there is none."""
+        x = dim_zero_cat(self.samples).double()
+        nothing, draws = x.new_tensor(math.nan), self._draws()
+        if not x.isfinite().all():
+            return nothing, "capsules are not finite"
+        varies = _varies(x)
+        if draws <= varies.sum():
+            return nothing, f"of {draws:,} {'sequences' if self.shared else 'frames'}, with {x.shape[1]:,} variables"
+        x = x[:, varies].T
+        x = x / scale_of(x)
+        x = F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=0)
+        eigenvalues = torch.linalg.eigvalsh(x @ x.T)
+        # Of sums of unit vectors' products, whose errors grow with the root of their number, in a matrix of that size.
+        if len(x) and eigenvalues[0] <= len(x) * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps:
+            return nothing, "variables are linear functions of others"
+        return eigenvalues.log().neg().sum() / 2, ""
 
-    def _enough(self, variables: int) -> bool:
-        return self.count.item() > variables + 1
+    def _draws(self) -> int:
+        """Count the independent ones."""
+        return int(self.sequences) if self.shared else len(dim_zero_cat(self.samples))
+
+    def _all_processes(self) -> AbstractContextManager:
+        """See meanwhile the samples of all processes, as `compute` does."""
+        return self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn)
 
     @classmethod
     def build(cls, model: SequenceModel, source: SequenceSource, settings: EvaluationSettings) -> TotalCorrelation:
         """Make the metric for the capsules of a model."""
-        return cls(math.prod(model.capsule_shape))
+        return cls(model.shares_latents)
 
     def measure(self, model: SequenceModel, batch: SequenceBatch, elbo: ELBO) -> None:
         """Add the capsules of a batch."""
@@ -84,15 +107,20 @@ class TotalCorrelation(EvaluationMetric):
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        value, chance = self.compute().item(), self.chance()
-        note = "" if math.isfinite(value) else f"of {self.count.item():.0f} frames, with {self.size} variables"
-        return [Row(self.key, None, "Gaussian total correlation", value, chance, "nats", note=note)]
+        value = self.compute().item()
+        note = self.reason() if math.isnan(value) else ""
+        return [Row(self.key, None, "Gaussian total correlation", value, self.chance(), "nats", note=note)]
+
+
+def _varies(x: Float[Tensor, "frame variable"]) -> Bool[Tensor, " variable"]:
+    """Say which variables ever change."""
+    return (x != x[:1]).any(0)
 
 
 class ActiveUnits(EvaluationMetric):
-    """Number of latent variables `z` whose posterior mean varies over all frames by more than `ACTIVE`.
+    """Number of latent variables `z` whose posterior mean has a variance over all frames of more than `ACTIVE`.
 
-    Chance: 0, of a posterior that knows nothing of the frame.
+    NaN where a mean is not finite. Chance: 0, of a posterior that knows nothing of the frame.
 
     Args:
         size: number of latent variables of a frame.
@@ -115,9 +143,10 @@ class ActiveUnits(EvaluationMetric):
         self.sums += torch.stack((x.sum(0), x.square().sum(0)))
 
     def compute(self) -> Tensor:
-        """Return the number."""
+        """Return the number; NaN where means are not finite."""
         mean, square = self.sums / self.count
-        return (square - mean.square() > ACTIVE).sum()
+        active = (square - mean.square() > ACTIVE).sum().double()
+        return torch.where(self.sums.isfinite().all(), active, math.nan)
 
     @classmethod
     def build(cls, model: SequenceModel, source: SequenceSource, settings: EvaluationSettings) -> ActiveUnits:
@@ -130,4 +159,6 @@ class ActiveUnits(EvaluationMetric):
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        return [Row(self.key, None, f"active units of {self.size}", self.compute().item(), 0.0, digits=0)]
+        value = self.compute().item()
+        note = "posterior means are not finite" if math.isnan(value) else ""
+        return [Row(self.key, None, f"active units of {self.size}", value, 0.0, digits=0, note=note)]
