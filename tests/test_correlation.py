@@ -43,6 +43,9 @@ def test_chance_is_what_independent_variables_give():
     metric = total_correlation(t)
     assert metric.chance() == pytest.approx(values.mean().item(), abs=4 * values.std().item() / math.sqrt(200))
     assert metric.chance() == pytest.approx(12 * 11 / (4 * 200), rel=0.1)
+    # Of two variables 1 - r² is of a beta distribution, B((N - 2) / 2, 1/2).
+    assert total_correlation(normal(1, 3, 1, 2)).chance() == pytest.approx(math.log(2), rel=1e-12)
+    assert total_correlation(normal(1, 5, 1, 2)).chance() == pytest.approx(math.log(2) - 1 / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("place", [1.0, 1e6])
