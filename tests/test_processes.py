@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import acting
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from tvae.config import Config, DataSettings, TrainingSettings
 from tvae.data import SequenceStream
-from tvae.models import TVAE
+from tvae.models import TVAE, FactorVAE
 from tvae.training import Run, RunError, train, untrained_model
 from tvae.training.processes import Launched
 from tvae_kernels import Neighborhood
@@ -75,6 +76,8 @@ def main(folder):
         filled = acts(0, 7, lambda images: stack.enter_context(room_for(10_000)))
         outcomes["full"] = outcome(folder / "full", sources=filled)
     outcomes["indivisible"] = outcome(folder / "indivisible", with_training(SMALL, batch_size=5))
+    alone = replace(SMALL, model=FactorVAE.Settings(2, 15, units=8))
+    outcomes["alone"] = outcome(folder / "alone", alone)
     outcomes["not shared"] = outcome(folder / ("interrupted", "not shared")[rank], create=rank == 1)
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 
@@ -167,6 +170,13 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_w
     folder, outcomes, _ = trained
     assert [x["indivisible"] for x in outcomes] == ["batch_size must be a multiple of the 2 processes, got 5"] * 2
     assert {file.name for file in (folder / "indivisible").iterdir()} - {"lock"} == {"config.json"}
+
+
+def test_a_model_of_one_process_is_refused_before_it_is_trained(trained):
+    folder, outcomes, _ = trained
+    error = "a FactorVAE is trained by one process, got 2: it needs all of a batch in one place"
+    assert [x["alone"] for x in outcomes] == [error] * 2
+    assert [file.name for file in (folder / "alone").iterdir()] == ["config.json"]
 
 
 def test_files_are_written_once(trained):

@@ -10,13 +10,16 @@ from acting import interrupted_at, often
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
-from tvae.config import Config, DataSettings, TrainingSettings, check_processes
-from tvae.data import SequenceBatch
+from tvae import cli
+from tvae.config import Config, DataSettings, EvaluationSettings, TrainingSettings, check_processes
+from tvae.data import FixedSequences, SequenceBatch
 from tvae.data.sprites import SpriteSequences
+from tvae.evaluation import evaluate
 from tvae.models import VAE, BetaVAE, FactorVAE, SlowVAE, load
 from tvae.models.factor_vae import permuted
 from tvae.models.slow_vae import laplace_cross_entropy, laplace_divergence
 from tvae.training import Run, build_optimizer, train
+from tvae.training.processes import Launched
 
 SHAPE = (1, 5, 4)
 RIVALS = (BetaVAE, FactorVAE, SlowVAE)
@@ -95,6 +98,41 @@ def test_interrupted_training_is_resumed_bit_for_bit_and_models_are_read_again(k
     assert all(torch.equal(x, expected[name]) for name, x in read.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [BetaVAE, SlowVAE])
+def test_parts_of_a_batch_have_the_gradients_of_the_whole(kind):
+    """Their mean, as several processes take it: in float64, up to the order of sums."""
+    model = kind(SHAPE, 2, 3).double()
+    whole = SequenceBatch(torch.rand(4, 3, *SHAPE, dtype=torch.float64))
+    parts = [whole.select([i, i + 1])._replace(first=i, total=4) for i in (0, 2)]
+    found = []
+    for batches in ([whole], parts):
+        model.zero_grad()
+        for batch in batches:
+            torch.manual_seed(1)
+            (model(batch).objective.mean() / len(batches)).backward()
+        found.append([p.grad for p in model.parameters()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_the_evaluation_of_a_model_is_the_same_every_time(kind):
+    source = SpriteSequences()
+    model, sequences = kind(source.image_shape, 2, 3, **SMALL[kind]), FixedSequences.take(source, 4, batch_size=2)
+    first = str(evaluate(model.train(), sequences, EvaluationSettings(4, 2)))
+    torch.manual_seed(1)  # whatever the random state before
+    assert str(evaluate(model.train(), sequences, EvaluationSettings(4, 2))) == first
+    assert "penalty" not in first
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [(BetaVAE, "gamma"), (BetaVAE, "rate"), (FactorVAE, "beta"), (SlowVAE, "units")]
+)
+def test_the_settings_of_another_are_refused(kind, setting):
+    with pytest.raises(ValueError, match=f"there is no setting {setting}"):
+        kind(SHAPE, 2, 3, **{setting: 1})
+
+
 @pytest.mark.exhaustive
 @pytest.mark.xdist_group("compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
@@ -159,6 +197,28 @@ def test_each_player_gets_its_own_gradient(batch):
     assert build_optimizer(replace(TRAINING, optimizer="sgd"), model).param_groups[1]["lr"] == 1e-4
 
 
+def test_the_model_pays_for_the_logit_and_the_discriminator_for_its_mistakes(batch):
+    model = FactorVAE(SHAPE, 2, 3, units=8, gamma=3.0)
+    torch.manual_seed(1)
+    elbo = model(batch)
+    torch.manual_seed(1)
+    torch.randn(3, 4, 2, 3)  # the noise of z
+    z = elbo.t.detach().view(12, 6)
+    logits, of_permuted = (model.discriminator(x).view(3, 4) for x in (z, permuted(z)))
+    logistic = torch.nn.functional.logsigmoid
+    loss = -(logistic(logits) + logistic(-of_permuted)) / 2
+    torch.testing.assert_close(elbo.terms["total_correlation"], logits)
+    torch.testing.assert_close(elbo.terms["discriminator_loss"], loss)
+    torch.testing.assert_close(elbo.objective, elbo.total - 3 * logits - loss)
+
+
+def test_the_discriminator_is_six_layers_of_leaky_relus():
+    first, *layers = FactorVAE(SHAPE, 2, 3).discriminator
+    assert (first.in_features, first.out_features) == (6, 1000)
+    assert [x.negative_slope for x in layers[::2]] == [0.2] * 6
+    assert [(x.in_features, x.out_features) for x in layers[1::2]] == [(1000, 1000)] * 5 + [(1000, 1)]
+
+
 def test_the_best_discriminator_gives_the_total_correlation():
     """Of a Gaussian with a correlation of 0.9, -log(1 - 0.81) / 2 = 0.83."""
     logit = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
@@ -167,15 +227,13 @@ def test_the_best_discriminator_gives_the_total_correlation():
     law, q = MultivariateNormal(torch.zeros(2), torch.tensor([[1, 0.9], [0.9, 1]])), None
     elbo = model(SequenceBatch(torch.rand(2, 2, 1, 1, 1)))
     found = []
-    for step in range(600):
-        t = law.sample((2048,))[:, None, None]
-        terms = model.regularised(
-            elbo._replace(t=t, total=torch.zeros(2048, 1), objective=torch.zeros(2048, 1)), q
-        ).terms
+    for step in range(400):
+        t = law.sample((512,))[:, None, None]
+        terms = model.regularised(elbo._replace(t=t, total=torch.zeros(512, 1), objective=torch.zeros(512, 1)), q).terms
         optimizer.zero_grad()
         terms["discriminator_loss"].mean().backward()
         optimizer.step()
-        if step >= 500:
+        if step >= 300:
             found.append(terms["total_correlation"].mean().item())
     # a mean of 100 batches whose logits have a spread of about 1.3
     assert sum(found) / len(found) == pytest.approx(0.830, abs=0.1)
@@ -202,6 +260,21 @@ def test_several_processes_are_refused(batch):
     with pytest.raises(ValueError, match="permutes over all 6 sequences of a batch, got 3 of them"):
         model(part)
     model.eval()(part)
+
+
+def test_the_command_line_refuses_several_processes_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    run = Run.create(tmp_path / "run", Config(DataSettings(), FactorVAE.Settings(2, 15, units=8), TRAINING))
+    before = (run.path / "config.json").read_bytes()
+    monkeypatch.setattr(Launched, "find", classmethod(lambda cls: cls(0, 2, 2)))
+    new = ["train", "sprites-vae", "--model", "factorvae", "--device", "cpu", "--run-dir", str(tmp_path / "new")]
+    resumed = ["train", "--resume", str(run.path), "--steps", "9", "--device", "cpu"]
+    for words, status in ((new, 2), (resumed, 1)):
+        assert cli.main(words) == status
+        error = "a FactorVAE is trained by one process, got 2: it needs all of a batch in one place"
+        assert capsys.readouterr().err == f"tvae: error: {error}\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert [file.name for file in run.path.iterdir()] == ["config.json"]
+    assert (run.path / "config.json").read_bytes() == before
 
 
 def test_projected_weights_are_those_of_the_vae_alone():
@@ -276,6 +349,13 @@ def test_the_objective_of_a_sequence_is_the_mean_over_its_pairs(frames, batch):
     slow = 2 * laplace_divergence(q, 2.0)
     expected = likelihood.mean(1) - 3 / 2 * divergence.mean(1) - 7 / 4 * slow.mean(1)
     torch.testing.assert_close(elbo.objective.mean(1), expected)
+    # A pair counts at the frame that ends it.
+    torch.testing.assert_close(
+        elbo.objective - likelihood + 3 / 2 * divergence,
+        -7 / 4 * nn.functional.pad(slow * frames / (frames - 1), (1, 0)),
+        rtol=0,
+        atol=8 * torch.finfo(torch.float32).eps * likelihood.abs().max().item(),
+    )
     if frames == 2:  # the published case
         pair = likelihood.sum(1) - 3 * divergence.sum(1) / 2 - 7 * slow[:, 0] / 2
         torch.testing.assert_close(elbo.objective.mean(1), pair / 2)
