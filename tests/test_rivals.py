@@ -219,6 +219,7 @@ def test_the_discriminator_is_six_layers_of_leaky_relus():
     assert [(x.in_features, x.out_features) for x in layers[1::2]] == [(1000, 1000)] * 5 + [(1000, 1)]
 
 
+@pytest.mark.slow
 def test_the_best_discriminator_gives_the_total_correlation():
     """Of a Gaussian with a correlation of 0.9, -log(1 - 0.81) / 2 = 0.83."""
     logit = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
