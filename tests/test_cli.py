@@ -27,7 +27,7 @@ from rich.console import Console
 from tvae import cli, evaluation, presets, progress
 from tvae.data.sprites import SpriteSequences
 from tvae.metrics import Row
-from tvae.models import MODELS, load
+from tvae.models import MODELS, BetaVAE, FactorVAE, FlowVAE, PoFlow, SlowVAE, load
 from tvae.paper.exhibits import EXHIBITS, Exhibit
 from tvae.presets import PRESETS
 from tvae.training import Run, loop
@@ -356,6 +356,28 @@ def test_another_model_keeps_the_presets_settings_that_it_has():
     model = load("runs/sprites-vae/model.safetensors")
     assert type(model) is MODELS["tvae"]
     assert (model.settings.neighborhood.time_window, model.settings.mu_init) == (5, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "expected"),
+    [
+        (BetaVAE.Settings(2, 3, beta=8), "slowvae", SlowVAE.Settings(2, 3)),
+        (
+            FactorVAE.Settings(2, 3, gamma=30, weights="projected"),
+            "slowvae",
+            SlowVAE.Settings(2, 3, weights="projected"),
+        ),
+        (FactorVAE.Settings(2, weights="projected"), "poflow", PoFlow.Settings(2, weights="projected")),
+        (
+            FlowVAE.Settings(2, 3, transformations=4, gamma=2.0),
+            "poflow",
+            PoFlow.Settings(2, 3, transformations=4, gamma=2.0),
+        ),
+        (SlowVAE.Settings(2, 3, gamma=5.0), "slowvae", SlowVAE.Settings(2, 3, gamma=5.0)),
+    ],
+)
+def test_settings_that_go_by_one_name_but_mean_other_things_are_left_behind(settings, model, expected):
+    assert cli._converted(settings, MODELS[model].Settings) == expected
 
 
 # --- reproduce --------------------------------------------------------------------------------------------------------

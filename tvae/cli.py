@@ -376,8 +376,12 @@ def _defaults(arguments: list[str]) -> Train:
 
 
 def _converted(settings: ModelSettings, kind: type[ModelSettings]) -> ModelSettings:
-    """Return the settings of another model, with all that both have; or only what all models have, if that is wrong."""
-    for names in ({x.name for x in fields(kind)}, {x.name for x in fields(ModelSettings)}):
+    """Return the settings of another model, with all that both have inherited; or only what all have, if that is wrong.
+
+    What merely goes by the same name means another thing: a weight `beta` of one objective is none of another.
+    """
+    shared = next(x for x in kind.__mro__ if isinstance(settings, x))
+    for names in ({x.name for x in fields(shared)}, {x.name for x in fields(ModelSettings)}):
         with contextlib.suppress(ValueError):
             return kind(**{name: value for name, value in vars(settings).items() if name in names})
     return kind()
