@@ -72,7 +72,7 @@ class Derivatives(NamedTuple):
         rows = slopes.flatten(1, 2) @ inner  # (P, N·h, h)
         second = (rows.view_as(slopes) * slopes).sum(-1)
         d1, d2 = self._curvatures()
-        return (d2 * second).sum(-1) + (d1 * inner.diagonal(dim1=-2, dim2=-1)[:, None]).sum(-1)
+        return (d2 * second).sum(-1) + (d1 * A.square().sum(-1)[:, None]).sum(-1)
 
     def hessian(self) -> Float[Tensor, "potential point size size"]:
         """Return `H = Gᵀ diag(-2 h2 g2) G + Aᵀ diag(-2 h1 g1) A` with `G = B diag(1 - h1²) A`."""
