@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data import SequenceBatch
 from ..settings import settings
 from .base import ELBO
-from .flow_vae import FlowSettings, PotentialFlow, exact
+from .flow_vae import FlowSettings, PotentialFlow, exact, log_ratio
 from .layers import Axis, kl_from_prior
 
 
@@ -25,9 +25,11 @@ class PoFlow(PotentialFlow):
     Every frame has a posterior of its own, and the bound of an evaluation is the VAE's. Training knows the
     transformation k of a sequence and decodes the flow of `z_0`, `ẑ_l`, in place of `z_l`; a frame pays
 
-        gamma (∂²u/∂t² - c_k² Δu)² + |ẑ_l - z_l|² / 2
+        gamma (∂²u/∂t² - c_k² Δu)² + log p(ẑ_l) - log q(ẑ_l|x_l)
 
-    for what is no wave, at the points that lead to it, and for the distance from its own latent variables.
+    for what is no wave, at the points that lead to it, and for a flow that its own posterior does not expect. The last
+    teaches the posterior alone. (By `|ẑ_l - z_l|² / 2` of samples in its place flows would draw all variances towards
+    0, and the prior all means half the way to 0; with `z_l` held still nothing would teach the posterior.)
 
     Args:
         arguments: as those of `VAE`, and the fields of `PoFlowSettings`.
@@ -55,7 +57,7 @@ class PoFlow(PotentialFlow):
         elbo = self.bound(batch, path, {"kl_z": kl_from_prior(q)})
         waves = self.wave_residual(points, flow).square().unflatten(1, (frames - 1, -1)).mean(-1)
         waves = F.pad(waves, (1, 0))  # no step leads to frame 0
-        matching = (path - z).square().sum((-2, -1)) / 2
+        matching = F.pad(log_ratio(path.detach(), q)[:, 1:], (1, 0))  # the flow starts at what frame 0 has drawn
         return elbo.penalised(self.settings.gamma * waves + matching, wave=waves, matching=matching)
 
     def wave_residual(self, points: Tensor, flow: Axis) -> Float[Tensor, "batch step"]:
