@@ -6,8 +6,6 @@ import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # set before torch starts: threads of busy processes wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Believe the CPU in what instructions it has; else the compiler starts a process that imports torch for each kind.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import interpreter
 import numpy as np
@@ -33,25 +31,32 @@ HEAVY = (
     "test_composition",
     "test_cli",
     "kills",
-    "test_topographies",
-    "compiler",
-    "torchrun",
     "test_topographic",
-    "test_open",
+    "test_topographies",
+    "torchrun",
+    "compiler",
     "test_hard_values",
+    "test_open",
     "test_latents",
-    "test_loop",
+    "test_runs",
+    "test_progress",
     "test_start",
+    "test_random_problems",
+    "test_loop",
     "test_parallel",
     "compile",
 )
 
 
+def pytest_configure(config):
+    """Let xdist keep the order of the groups, which it would put by the numbers of their tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups and pytest selects by markers
 def pytest_collection_modifyitems(config, items):
     """Mark what is quick, give each file its group where its tests have none, and put the heavy groups first."""
-    if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = False  # by the number of tests: the order of the items is the better one
     for item in items:
         if not HAS_GPU and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
@@ -107,6 +112,20 @@ def backend(request) -> str:
 def kernel_backend(request) -> str:
     """Each backend that has a gradient of its own in turn."""
     return request.getfixturevalue("triton") if request.param == "triton" else request.param
+
+
+@pytest.fixture
+def inductor(monkeypatch):
+    """Let PyTorch's default compiler believe the CPU in what vector instructions it has.
+
+    Else it starts a process that imports torch for each kind of them.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda *_: True)
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    yield
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
 
 
 def write_idx(path, array):

@@ -53,6 +53,7 @@ def rounding(config):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("compiler")
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 def test_compiled_steps_give_the_curve_of_eager_ones(tmp_path, monkeypatch):
     config = with_training(SMALL, steps=6)

@@ -104,7 +104,8 @@ def test_memory_stays_within_four_times_the_inputs(shape, neighborhood):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compiler")  # which finds out only once what instructions there are
+@pytest.mark.xdist_group("compiler")
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code
 def test_the_default_compiler_gives_the_same_numbers():
     problem = Problem.random((2, 18, 3, 18), Neighborhood(18, 3))
