@@ -34,7 +34,7 @@ from tvae.presets import PRESETS, Preset
 from tvae.training import Run, loop, train
 from tvae_kernels import Neighborhood
 
-NO_HANG = 300  # seconds; nothing is measured by them
+NO_HANG = 300  # seconds for one process to end; nothing is measured by them
 
 
 def with_training(config, **values):
@@ -232,6 +232,12 @@ class Forked:
 
     def end(self):
         """Wait for its end and return the status, minus the number of the signal that has killed it."""
+        limit = time.monotonic() + NO_HANG
+        while os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > limit:
+                os.kill(self.pid, signal.SIGKILL)
+                raise RuntimeError("the process does not end")
+            time.sleep(0.01)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def listens(self):
@@ -357,13 +363,13 @@ def main(folder):
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
-def run_script(*arguments, **options):
+def run_script(*arguments, limit=NO_HANG, **options):
     """Run a command and return what it has left; it and all that it has started end, whatever happens."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True} | options
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     with subprocess.Popen(command, **options) as process:
         try:
-            output, errors = process.communicate(timeout=NO_HANG)
+            output, errors = process.communicate(timeout=limit)
         except BaseException:
             process.terminate()  # torchrun ends what it has started, in sessions of their own
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.xdist_group("kills"), pytest.mark.slow]
 def stopped(tmp_path_factory):
     """The folder of runs that processes have left which were stopped, and how these ended."""
     folder = tmp_path_factory.mktemp("kills")
-    result = run_script(acting.__file__, folder)
+    result = run_script(acting.__file__, folder, limit=3 * acting.NO_HANG)  # each of its processes has one
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return folder, json.loads((folder / "outcomes.json").read_text())
