@@ -24,6 +24,7 @@ setup(
             "torchvision",
             "lightning-fabric>=2.4",
             "torchmetrics>=1.5",
+            "scipy>=1.11",
             "safetensors>=0.4",
             "tensorboard>=2.17",
             "matplotlib>=3.8",

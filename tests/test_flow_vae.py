@@ -427,7 +427,7 @@ def test_a_saved_model_is_loaded_whole(values, tmp_path):
 def test_resumed_and_replayed_training_is_that_of_an_uninterrupted_one(values, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "Graph", Played)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    monkeypatch.setattr(loop, "check_machine", lambda *_: None)
+    monkeypatch.setattr(loop, "check_run", lambda *_: None)
     config = configuration(values)
     runs = {name: Run.create(tmp_path / name, config) for name in ("whole", "resumed", "graph")}
     with often():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
 from tvae import cli
-from tvae.config import Config, DataSettings, EvaluationSettings, TrainingSettings, check_processes
+from tvae.config import Config, DataSettings, EvaluationSettings, TrainingSettings, check_run
 from tvae.data import FixedSequences, SequenceBatch
 from tvae.data.sprites import SpriteSequences
 from tvae.evaluation import evaluate
@@ -21,6 +21,7 @@ from tvae.models.slow_vae import laplace_cross_entropy, laplace_divergence
 from tvae.training import Run, build_optimizer, train
 from tvae.training.processes import Launched
 
+CPU = torch.device("cpu")
 SHAPE = (1, 5, 4)
 RIVALS = (BetaVAE, FactorVAE, SlowVAE)
 SMALL = {BetaVAE: {}, FactorVAE: {"units": 8}, SlowVAE: {}}
@@ -252,13 +253,13 @@ def test_every_variable_is_permuted_by_itself():
 
 def test_several_processes_are_refused(batch):
     config = Config(DataSettings(), FactorVAE.Settings(), TRAINING)
-    check_processes(config, 1)
-    check_processes(replace(config, model=VAE.Settings()), 2)
+    check_run(config, "eager", CPU, 1)
+    check_run(replace(config, model=VAE.Settings()), "eager", CPU, 2)
     with pytest.raises(ValueError, match="a FactorVAE is trained by one process, got 2: it needs all of a batch"):
-        check_processes(config, 2)
+        check_run(config, "eager", CPU, 2)
     model = FactorVAE(SHAPE, 2, 3, units=8)
     part = batch._replace(first=0, total=6)
-    with pytest.raises(ValueError, match="permutes over all 6 sequences of a batch, got 3 of them"):
+    with pytest.raises(ValueError, match="a FactorVAE learns from all 6 sequences of a batch at once, got 3 of them"):
         model(part)
     model.eval()(part)
 

@@ -93,7 +93,7 @@ def _played(monkeypatch):
     """What a GPU alone has, replaced."""
     monkeypatch.setattr(steps, "Graph", Played)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    monkeypatch.setattr(loop, "check_machine", lambda *_: None)
+    monkeypatch.setattr(loop, "check_run", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_played")

@@ -101,6 +101,12 @@ def test_where_the_paper_prints_nothing_models_are_described(jobs):
     assert tables._description("mnist-vae", [*models, "sprites-vae"]) == "mnist: VAE"
 
 
+def test_a_part_of_a_metric_may_be_reported_alone(jobs):
+    models = {name: {} for name in EXHIBIT.models}
+    results = tables.collect(EXHIBIT.title, models, jobs, [BOUND, "capcorr"])
+    assert [(line.key, line.part) for line in results.lines] == [BOUND] * 2 + [("capcorr", "hue")] * 2
+
+
 def test_what_a_label_says_does_not_matter(jobs):
     """Files of before 0.2, which know metrics by their labels alone, give the same table."""
     before = tables.to_markdown(collect(jobs))

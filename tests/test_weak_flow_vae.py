@@ -193,7 +193,7 @@ def test_the_flow_that_is_recognised_moves_a_sequence_whatever_it_is_told(model,
 
 def test_what_does_not_fit_is_refused_by_name(model, batch):
     with pytest.raises(
-        ValueError, match=r"^a WeakFlowVAE shares out all 24 sequences of a batch, got 12 of them: train it"
+        ValueError, match=r"^a WeakFlowVAE learns from all 24 sequences of a batch at once, got 12 of them: train it"
     ):
         model(batch._replace(first=12, total=24))
     assert model(batch._replace(total=12)).total.shape == (12, FRAMES)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
-from .config import Config, Sources, StepKind, check_machine, check_processes, choices
+from .config import Config, Sources, StepKind, check_run, choices
 from .data import CACHE, SOURCES, DataError, FixedSequences, SequenceSource, SequenceStream
 from .data.dsprites import DSpritesSequences
 from .files import expanded
@@ -83,8 +83,7 @@ class Train:
         config = _with_folder(self.config, self.config.data.folder)
         with _wrong_values():
             device = find_device(self.device)
-            check_machine(self.step, config.training.precision, device, Launched.find().count, config.data.name)
-            check_processes(config, Launched.find().count)
+            check_run(config, self.step, device, Launched.find().count)
         sources = Sources(config, device)
         run_dir = expanded(self.run_dir)
         if Launched.find().rank == 0:  # the other processes wait for the first one when they connect with it
@@ -115,8 +114,7 @@ class Resume:
         config = _with_folder(run.config, self.data_dir)
         if self.steps is not None:
             config = replace(config, training=replace(config.training, steps=self.steps))
-        check_machine(self.step, config.training.precision, device, Launched.find().count, config.data.name)
-        check_processes(config, Launched.find().count)
+        check_run(config, self.step, device, Launched.find().count)
         sources = Sources(config, device)
         _check(config, sources)
         if config != run.config and Launched.find().rank == 0:

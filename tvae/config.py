@@ -229,13 +229,14 @@ class Sources:
         return self._opened[split]
 
 
-def check_processes(config: Config, processes: int) -> None:
-    """Check that so many processes may train the model together.
+def check_run(config: Config, kind: StepKind, device: torch.device, processes: int = 1) -> None:
+    """Check that the device, or as many as there are processes, can train a configuration by steps of a kind.
 
     Raises:
-        ValueError: they may not.
+        ValueError: it cannot, or the model is trained by one process, or there is no such kind.
 
     """
+    check_machine(kind, config.training.precision, device, processes, config.data.name)
     if processes > 1 and config.model_class.one_process:
         name = config.model_class.__name__
         raise ValueError(f"a {name} is trained by one process, got {processes}: it needs all of a batch in one place")

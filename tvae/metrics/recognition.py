@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
@@ -13,22 +14,6 @@ from ..models import ELBO, SequenceModel
 from .base import EvaluationMetric, Row, private_generator
 
 _DRAWS = 100  # of random labels
-
-
-def best_assignment(counts: Int[Tensor, "kind label"]) -> int:
-    """Return the largest sum of counts of which no two stand in one row or one column.
-
-    Exact, by dynamic programming over the sets of rows that are assigned: for few rows, and any number of columns.
-    """
-    rows = len(counts)
-    best = {0: 0}  # by set of rows, as bits
-    for column in counts.T.tolist():
-        for assigned, total in list(best.items()):
-            for row in range(rows):
-                with_row = assigned | 1 << row
-                if with_row != assigned:
-                    best[with_row] = max(best.get(with_row, 0), total + column[row])
-    return max(best.values())
 
 
 class TransformationAccuracy(EvaluationMetric):
@@ -85,7 +70,8 @@ class TransformationAccuracy(EvaluationMetric):
     def _accuracy(self, inferred: Tensor, axis: Tensor) -> float:
         labels = max(self.transformations, int(inferred.max()) + 1)
         counts = torch.bincount(axis * labels + inferred, minlength=self.transformations * labels)
-        return best_assignment(counts.view(self.transformations, labels)) / len(axis)
+        counts = counts.view(self.transformations, labels).numpy()
+        return counts[linear_sum_assignment(counts, maximize=True)].sum().item() / len(axis)
 
     def rows(self) -> list[Row]:
         """Return one row."""

@@ -173,6 +173,19 @@ class SequenceModel(nn.Module):
 
     # --- what follows -------------------------------------------------------------------------------------------------
 
+    def check_whole(self, batch: SequenceBatch) -> None:
+        """Refuse, in the training of a model that is trained by one process, a part of a batch.
+
+        Raises:
+            ValueError: the batch is one, of which other processes have the rest.
+
+        """
+        if self.training and self.one_process and batch.total not in (None, len(batch.images)):
+            raise ValueError(
+                f"a {type(self).__name__} learns from all {batch.total} sequences of a batch at once, got "
+                f"{len(batch.images)} of them: train it in one process"
+            )
+
     def bound(self, batch: SequenceBatch, t: Capsules, costs: dict[str, Frames]) -> ELBO:
         """Return the evidence lower bound at a sample `t` of the posterior, with what that costs, by name."""
         log_likelihood = self.likelihood.log_prob(self.decode(t), batch.images)
@@ -214,8 +227,11 @@ class SequenceModel(nn.Module):
         """
         t = self.encode(batch, sample=False)
         steps = batch.images.shape[1]
-        rolled = [roll_capsules(t[:, frame], l - frame, self.rolls, axis) for l in range(steps)]
-        return self.likelihood.mean(self.decode(torch.stack(rolled, dim=1)))
+        return self.likelihood.mean(self.decode(self.rolled(t[:, frame], steps, frame, axis)))
+
+    def rolled(self, t: Tensor, steps: int, frame: int = 0, axis: int | None = None) -> Capsules:
+        """Roll the capsules `(B, C, D)` of one frame to all of the frames before and after it, `(B, steps, C, D)`."""
+        return torch.stack([roll_capsules(t, l - frame, self.rolls, axis) for l in range(steps)], dim=1)
 
     def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
         """Return the images of every motion that the model can make of `t_0`, by what they are called in figures."""

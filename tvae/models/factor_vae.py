@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call
 
-from ..data import SequenceBatch
 from ..settings import Count, Number, settings
 from .base import ELBO
 from .vae import VAE
@@ -74,20 +73,6 @@ class FactorVAE(VAE):
         apart = list(self.discriminator.parameters())
         known = set(map(id, apart))
         return [{"params": [p for p in self.parameters() if id(p) not in known]}, {"params": apart, **_TRAINING}]
-
-    def forward(self, batch: SequenceBatch) -> ELBO:
-        """Return one sample of the bound; in training less the penalty, and less what the discriminator has to learn.
-
-        Raises:
-            ValueError: several processes share the batch in training.
-
-        """
-        if self.training and batch.total not in (None, len(batch.images)):
-            raise ValueError(
-                f"a FactorVAE permutes over all {batch.total} sequences of a batch, got {len(batch.images)} of them: "
-                "train it in one process"
-            )
-        return super().forward(batch)
 
     def regularised(self, elbo: ELBO, q: Normal) -> ELBO:
         """Subtract `gamma` times the logit of every frame, and the discriminator's loss."""

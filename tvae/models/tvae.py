@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from tvae_kernels import Neighborhood, TopographicLayer, roll_capsules
+from tvae_kernels import Neighborhood, TopographicLayer
 
 from ..data import SequenceBatch, SequenceSource
 from ..settings import Number, settings
@@ -179,12 +179,9 @@ class TVAE(SequenceModel):
             return None
         t, steps = self.encode(batch, sample=False)[:, 0], batch.images.shape[1]
         if self.rolls.root_count == 1:
-            return torch.stack([roll_capsules(t, step, self.rolls) for step in range(steps)], dim=1)
-        along = [
-            torch.stack([roll_capsules(t, step, self.rolls, a) for step in range(steps)], dim=1)
-            for a in range(self.rolls.root_count)
-        ]
-        return torch.stack(along)[self.axis(batch), torch.arange(len(t), device=t.device)]
+            return self.rolled(t, steps)
+        along = torch.stack([self.rolled(t, steps, axis=a) for a in range(self.rolls.root_count)])
+        return along[self.axis(batch), torch.arange(len(t), device=t.device)]
 
     def sample(self, sequences: int, time: int, axis: Axis | None = None) -> Images:
         """Draw images of `sequences` sequences of `time` frames from the prior, on the model's device."""

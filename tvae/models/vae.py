@@ -72,7 +72,13 @@ class VAE(SequenceModel):
         return q.mean + noise[batch.first : batch.first + count] * q.stddev
 
     def forward(self, batch: SequenceBatch) -> ELBO:
-        """Return one sample of the evidence lower bound of every frame, and its terms; in training less a penalty."""
+        """Return one sample of the evidence lower bound of every frame, and its terms; in training less a penalty.
+
+        Raises:
+            ValueError: training needs the whole batch, and got a part of it.
+
+        """
+        self.check_whole(batch)
         (q,) = self.posterior(batch.images)
         elbo = self.bound(batch, self.drawn(q, batch), {"kl_z": kl_from_prior(q)})
         return self.regularised(elbo, q) if self.training else elbo

@@ -115,15 +115,11 @@ class WeakFlowVAE(FlowVAE):
         """Return one sample of the bound with the path of the flow of most weight, its terms, and the penalties'.
 
         Raises:
-            ValueError: several processes share the batch in training.
+            ValueError: training got a part of a batch.
 
         """
+        self.check_whole(batch)
         x, frames = batch.images, batch.images.shape[1]
-        if self.training and batch.total not in (None, len(x)):
-            raise ValueError(
-                f"a WeakFlowVAE shares out all {batch.total} sequences of a batch, got {len(x)} of them: "
-                "train it in one process"
-            )
         (q,) = self.posterior(x)
         points, likelihoods = self.by_flow(self.drawn(q, batch), x)
         totals = likelihoods.sum(-1)

@@ -63,7 +63,7 @@ class Results:
 
 
 def collect(
-    title: str, models: dict[str, Printed], jobs: list[Job], reported: Sequence[str] = REPORTED, note: str = ""
+    title: str, models: dict[str, Printed], jobs: list[Job], reported: Sequence[str | Metric] = REPORTED, note: str = ""
 ) -> Results:
     """Make the table of an exhibit from its finished runs: by metric, then by model.
 
@@ -71,7 +71,7 @@ def collect(
         title: of the exhibit.
         models: the numbers that the paper prints of each model, by preset.
         jobs: the runs.
-        reported: keys of the metrics to report.
+        reported: what to report: keys of metrics, with all their parts, or single parts.
         note: what else stands below the table.
 
     Raises:
@@ -103,14 +103,15 @@ def collect(
                 )
             )
     if not lines:
-        raise RunError(f"the runs have none of the metrics {', '.join(reported)}")
+        raise RunError(f"the runs have none of the metrics {', '.join(map(str, reported))}")
     order = list(dict.fromkeys((line.key, line.part) for line in lines))
     lines.sort(key=lambda line: order.index((line.key, line.part)))  # a stable sort: models stay in the paper's order
     return Results(_title(title, jobs), " ".join(filter(None, (_note(jobs), note))), lines)
 
 
-def _reported(file: Path, keys: Sequence[str]) -> dict[Metric, Row]:
-    return {(row.key, row.part): row for row in evaluation.load(file) if row.key in keys}
+def _reported(file: Path, reported: Sequence[str | Metric]) -> dict[Metric, Row]:
+    rows = {(row.key, row.part): row for row in evaluation.load(file)}
+    return {metric: row for metric, row in rows.items() if row.key in reported or metric in reported}
 
 
 def _in_the_papers_terms(config: Config) -> tuple[str, Fraction | None, str, str]:

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from tvae_kernels import Neighborhood
 
-from ..config import Config, Sources, StepKind, TrainingSettings, check_machine, check_processes
+from ..config import Config, Sources, StepKind, TrainingSettings, check_run
 from ..data import SequenceSource, SequenceStream
 from ..metrics import equivariance_error
 from ..models import ELBO, SequenceModel
@@ -63,8 +63,7 @@ def train(
 
     """
     fabric = launch(find_device(device))
-    check_machine(step, run.config.training.precision, fabric.device, fabric.world_size, run.config.data.name)
-    check_processes(run.config, fabric.world_size)
+    check_run(run.config, step, fabric.device, fabric.world_size)
     lock = on_first(fabric, run.lock)
     with nullcontext() if lock is None else lock:  # which the first process holds for all
         return _train(fabric, run, sources, step, show_progress)
