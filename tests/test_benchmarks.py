@@ -56,7 +56,7 @@ def test_a_file_of_another_format_is_refused_with_its_name(text, tmp_path):
 
 def test_the_committed_results_are_of_this_format_and_in_their_places():
     results = records.load()
-    assert {result.command for result in results} <= set(registry.COMMANDS)
+    assert {result.command for result in results} == set(registry.COMMANDS)
     for result in results:
         assert result.file == records.path(result.command, result.environment, result.device)
         assert all(bool(r.samples or r.values) != bool(r.not_measured) for r in result.records)
