@@ -117,13 +117,15 @@ def test_the_table_prints_the_digits_of_each_row():
         Row("equivariance_error", None, "E_eq", 13_273.32, 13_270.3, "", 0),
         Row("capcorr", "x", "CapCorr x", 0.987, math.nan, "", 2),
         Row("elbo", "kl_z", "KL z", 1234.56, 0.0, "nats/frame"),
+        Row("pixel_error", "frames seen", "frames seen", 5.0, math.nan, "", 0),  # which nobody guesses
+        Row("capcorr", "y", "CapCorr y", math.nan, math.nan, "", 2),
     ]
     columns = [list(map(str, column.cells)) for column in table(rows, "title").columns]
     assert columns == [
-        ["E_eq", "CapCorr x", "KL z"],
-        ["13,273", "0.99", "1,234.6"],
-        ["13,270", "nan", "0.0"],
-        ["", "", "nats/frame"],
+        ["E_eq", "CapCorr x", "KL z", "frames seen", "CapCorr y"],
+        ["13,273", "0.99", "1,234.6", "5", "nan"],
+        ["13,270", "", "0.0", "", "nan"],
+        ["", "", "nats/frame", "", ""],
     ]
 
 

@@ -96,6 +96,8 @@ def test_where_the_paper_prints_nothing_models_are_described(jobs):
     assert lines[2:4] == ["| metric | model | ours | chance | untrained |", "|---|---|---:|---:|---:|"]
     assert "| E_eq | TVAE, L=5/36, K=3 | 3,000 ± 0 | -436 | 2,000 ± 0 |" in lines
     assert "|  | VAE | 6,000 ± 0 | -436 | 5,000 ± 0 |" in lines
+    bounds = [line for line in lines if "bound" in line]
+    assert bounds == ["| log p(x), bound | all | -210.0 ± 0.0 | -435.5 | -1,210.0 ± 0.0 |"]  # of both models
     assert text.endswith("before training. Look at the frames.\n")
     assert tables._description("mnist-vae", models) == "VAE"
     assert tables._description("mnist-vae", [*models, "sprites-vae"]) == "mnist: VAE"

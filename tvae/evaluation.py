@@ -67,7 +67,9 @@ def table(rows: list[Row], title: str) -> Table:
         result.add_column(column, justify="right")
     result.add_column("unit")
     for row in rows:
-        numbers = (f"{x:,.{row.digits}f}" for x in (row.value, row.chance))
+        numbers = [f"{x:,.{row.digits}f}" for x in (row.value, row.chance)]
+        if math.isnan(row.chance) and math.isfinite(row.value):  # of what no model could get by chance
+            numbers[1] = ""
         result.add_row(Text(row.label), *numbers, Text(row.note or row.unit))
     return result
 

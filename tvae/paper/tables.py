@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def to_markdown(results: Results) -> str:
     rules = ["---:" if head in ("paper", "ours", "chance", "untrained") else "---" for head in heads]
     rows = ["| " + " | ".join(heads) + " |", "|" + "|".join(rules) + "|"]
     above = None
-    for line in results.lines:
+    for line in results.lines if printed else _alike_once(results.lines):
         label = _SHORT.get((line.key, line.part), line.metric)
         metric, above, digits = "" if label == above else label, label, line.digits
         ours, untrained = (_plus_minus(*mean_and_std(values), digits) for values in (line.ours, line.untrained))
@@ -166,6 +167,17 @@ def to_markdown(results: Results) -> str:
         names = (line.model, _text(line.L), line.K, line.weights, paper) if printed else (line.description,)
         rows.append("| " + " | ".join((metric, *names, ours, f"{line.chance:,.{digits}f}", untrained)) + " |")
     return f"**{results.title}**\n\n" + "\n".join(rows) + f"\n\n{results.note}\n"
+
+
+def _alike_once(lines: Sequence[Line]) -> Iterator[Line]:
+    """Give what is the same for all models, such as the levels of a source, once for all."""
+    for _, group in groupby(lines, lambda line: (line.key, line.part)):
+        first, *others = group
+        numbers = (first.ours, first.chance, first.untrained)
+        if others and all((line.ours, line.chance, line.untrained) == numbers for line in others):
+            yield replace(first, description="all")
+        else:
+            yield from (first, *others)
 
 
 def _text(length: Fraction | None) -> str:
