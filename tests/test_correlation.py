@@ -128,7 +128,7 @@ def test_frames_that_share_their_latent_variables_are_one_draw():
 
 
 def test_active_units_are_those_whose_means_vary():
-    metric = ActiveUnits(4)
+    metric = ActiveUnits()
     spread = torch.tensor([0.0, 0.09, 0.11, 3.0])  # squared 0, 0.0081, 0.0121, 9
     means = torch.tensor([-1.0, 1.0]).repeat(50).view(10, 10, 1, 1) * spread + 5
     for part in means.split(4):
@@ -141,6 +141,16 @@ def test_active_units_are_those_whose_means_vary():
     assert row.note == "posterior means are not finite"
 
 
+def test_active_units_are_those_of_every_kind_of_latent_variables():
+    """There may be other numbers of `u` than of `z`, and more frames of it."""
+    z, u = (torch.tensor([-1.0, 1.0]).repeat(n).view(10, -1, 1, 1) for n in (50, 60))
+    z, u = z * torch.tensor([0.09, 0.11]), u * torch.tensor([0.0, 0.09, 0.11, 3.0, 3.0]) + 5
+    metric = ActiveUnits()
+    for part in (slice(0, 4), slice(4, 10)):
+        metric.update(z[part], u[part])
+    assert metric.rows()[0][2:4] == ("active units of 7", 4)
+
+
 @pytest.mark.parametrize("kind", [VAE, TVAE])
 def test_they_apply_to_every_model(kind):
     window = {"neighborhood": Neighborhood(3, 1)} if kind is TVAE else {}
@@ -151,3 +161,4 @@ def test_they_apply_to_every_model(kind):
             metric.measure(model, batch, model(batch))
         (row,) = metric.rows()
         assert math.isfinite(row.value)
+    assert row.label == f"active units of {6 if kind is VAE else 12}"

@@ -171,7 +171,7 @@ def added(metric, parts, t):
 
 
 CORRELATED = normal(24, 15, 2, 3) * torch.linspace(0.03, 0.3, 3) + normal(24, 1, 2, 1) / 10
-COUNTED = {"total correlation": TotalCorrelation, "active units": lambda: ActiveUnits(6)}
+COUNTED = {"total correlation": TotalCorrelation, "active units": ActiveUnits}
 
 
 @pytest.mark.parametrize("make", COUNTED.values(), ids=COUNTED)

@@ -118,47 +118,39 @@ def _varies(x: Float[Tensor, "frame variable"]) -> Bool[Tensor, " variable"]:
 
 
 class ActiveUnits(EvaluationMetric):
-    """Number of latent variables `z` whose posterior mean has a variance over all frames of more than `ACTIVE`.
+    """Number of latent variables whose posterior mean has a variance over all frames of more than `ACTIVE`.
 
-    NaN where a mean is not finite. Chance: 0, of a posterior that knows nothing of the frame.
-
-    Args:
-        size: number of latent variables of a frame.
-
+    Those of `u` count as those of `z` do. NaN where a mean is not finite. Chance: 0, of a posterior that knows nothing
+    of the frame.
     """
 
     key = "active_units"
     higher_is_better = True
 
-    def __init__(self, size: int):
+    def __init__(self):
         super().__init__()
-        self.size = size
-        for name, shape in (("count", ()), ("sums", (2, size))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("moments", [], dist_reduce_fx="cat")
 
-    def update(self, means: Capsules) -> None:
-        """Add the posterior means of a batch."""
-        x = means.flatten(0, 1).flatten(1).double()
-        self.count += len(x)
-        self.sums += torch.stack((x.sum(0), x.square().sum(0)))
+    def update(self, *means: Capsules) -> None:
+        """Add the posterior means of a batch: a tensor for each kind of latent variables."""
+        moments = []
+        for x in means:
+            x = x.flatten(0, 1).flatten(1).double()
+            moments.append(torch.stack((torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0))))
+        self.moments.append(torch.cat(moments, 1)[None])
 
     def compute(self) -> Tensor:
         """Return the number; NaN where means are not finite."""
-        mean, square = self.sums / self.count
-        active = (square - mean.square() > ACTIVE).sum().double()
-        return torch.where(self.sums.isfinite().all(), active, math.nan)
-
-    @classmethod
-    def build(cls, model: SequenceModel, source: SequenceSource, settings: EvaluationSettings) -> ActiveUnits:
-        """Make the metric for the latent variables of a model."""
-        return cls(math.prod(model.capsule_shape))
+        count, total, squares = dim_zero_cat(self.moments).sum(0)
+        active = (squares / count - (total / count).square() > ACTIVE).sum().double()
+        return torch.where(squares.isfinite().all(), active, math.nan)
 
     def measure(self, model: SequenceModel, batch: SequenceBatch, elbo: ELBO) -> None:
         """Add the posterior means of a batch: of all frames that the model encodes."""
-        self.update(model.posterior(batch.images)[0].mean)
+        self.update(*(q.mean for q in model.posterior(batch.images)))
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        value = self.compute().item()
+        value, size = self.compute().item(), self.moments[0].shape[-1]
         note = "posterior means are not finite" if math.isnan(value) else ""
-        return [Row(self.key, None, f"active units of {self.size}", value, 0.0, digits=0, note=note)]
+        return [Row(self.key, None, f"active units of {size}", value, 0.0, digits=0, note=note)]
