@@ -89,19 +89,24 @@ def test_paths_follow_the_gradient_of_the_sequences_own_potential(values):
         torch.testing.assert_close(images, other, **DOUBLE)
 
 
-def test_a_mix_switches_and_superposes_transformations():
-    model, batch = made(FlowVAE.Settings(2, 3)), batch_of(2, torch.float64)
-    z = model.start(batch)
-    rows = torch.tensor([[[1, 0, 0], [0, 0, 1], [0, 1, 0.5]], [[0, 0, 0], [0, 1, 0], [1, 1, 1]]], dtype=torch.float64)
+@flow_vae
+def test_a_mix_switches_and_superposes_transformations(values):
+    """And time starts anew with another one: with every step of the first sequence, in the third of the second."""
+    model, batch = made(values), batch_of(2, torch.float64)
+    m, z = values.steps_per_frame, model.start(batch)
+    rows = torch.tensor([[[1, 0, 0], [0, 0, 1], [0, 1, 0.5]], [[0, 1, 0], [0, 1, 0], [1, 1, 1]]], dtype=torch.float64)
+    times = ((1, 1, 1), (1, 2, 1))
     for l in range(1, FRAMES):
-        expected = z.clone()
-        for b in range(2):
-            for k in range(3):
-                expected[b] += rows[b, l - 1, k] * grad(potential(model, k))(z[b], float(l))
-        z = expected
+        for j in range(m):
+            expected = z.clone()
+            for b in range(2):
+                for k in range(3):
+                    slope = grad(potential(model, k))(z[b], times[b][l - 1] + j / m)
+                    expected[b] += rows[b, l - 1, k] * slope / m
+            z = expected
         torch.testing.assert_close(model.moved(batch, rows)[:, l].flatten(1), z, **DOUBLE)
     own = torch.eye(3, dtype=torch.float64)[batch.axis][:, None].expand(-1, FRAMES - 1, -1)
-    torch.testing.assert_close(model.moved(batch, own), model.moved(batch), rtol=0, atol=0)
+    torch.testing.assert_close(model.moved(batch, own), model.moved(batch), **DOUBLE)
     with pytest.raises(ValueError, match=r"^mix must be of shape \(2, 3, 3\), got \(2, 4, 3\)"):
         model.moved(batch, torch.zeros(2, 4, 3, dtype=torch.float64))
 

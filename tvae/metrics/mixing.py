@@ -49,8 +49,8 @@ class Mixed(EvaluationMetric):
     """E_pix of sequences that two transformations move, a mean over pairs of them, by how frames are predicted.
 
     The frames are true: some 200 seeded test sequences on open paths, whatever batches are measured. Motions are told
-    of every step what moves it, if they are told; those that depend on time let it go on. The batch that the model is
-    given has the images and factors of the whole sequence, and the first of both transformations.
+    of every step what moves it, if they are told. The batch that the model is given has the images and factors of the
+    whole sequence, and the first of both transformations.
 
     Chance: the median image of each pair and frame index.
 

@@ -94,7 +94,7 @@ class PotentialFlow(VAE):
         rows = (flow[:, None] == numbers).to(self.potentials.w.dtype)
         return rows[:, None].expand(-1, frames - 1, -1)
 
-    def follow(self, z: Tensor, frames: int, mix: Mix | None = None) -> Tensor:
+    def follow(self, z: Tensor, frames: int, mix: Mix | None = None, times: Tensor | None = None) -> Tensor:
         """Move points along the gradients, from the first frame to the last, `m` steps a frame.
 
         The step number j of the m that lead to frame l is taken at the time `l + j / m`.
@@ -103,6 +103,7 @@ class PotentialFlow(VAE):
             z: points of the first frame, `(B, n)`; without a mix `(K, B, n)`, each moved by the flow of its row.
             frames: their number S.
             mix: how much of each flow every step takes, `(B, S - 1, K)`.
+            times: other times of the steps, `(B, (S - 1) m)`.
 
         Returns:
             All points on the way, `(..., (S - 1) m + 1, n)`.
@@ -114,9 +115,9 @@ class PotentialFlow(VAE):
         count, m = self.settings.transformations, self.settings.steps_per_frame
         if mix is not None and mix.shape != (len(z), frames - 1, count):
             raise ValueError(f"mix must be of shape {(len(z), frames - 1, count)}, got {tuple(mix.shape)}")
-        points = [z]
+        points, times = [z], self.times(frames, z)[None] if times is None else times
         with exact(z):
-            for i, time in enumerate(self.times(frames, z)[:, None]):
+            for i, time in enumerate(times.unbind(1)):
                 gradient = self.potentials(z if mix is None else z.expand(count, *z.shape), time).gradient()
                 if mix is not None:
                     gradient = (mix[:, i // m].mT[..., None] * gradient).sum(0)
@@ -128,6 +129,13 @@ class PotentialFlow(VAE):
         """Return the times of all steps, in frames from 1, in the type and on the device of a tensor."""
         m = self.settings.steps_per_frame
         return 1 + torch.arange((frames - 1) * m, dtype=like.dtype, device=like.device) / m
+
+    def times_of(self, mix: Mix) -> Float[Tensor, "batch step"]:
+        """Return the times of all steps, which start anew from 1 where another mix begins."""
+        m, step = self.settings.steps_per_frame, torch.arange(mix.shape[1], device=mix.device)
+        begins = F.pad((mix[:, 1:] != mix[:, :-1]).any(-1), (1, 0), value=True)
+        since = step - torch.where(begins, step, 0).cummax(1).values
+        return (1 + since[..., None] + torch.arange(m, dtype=mix.dtype, device=mix.device) / m).flatten(1)
 
     def path(self, points: Tensor) -> Capsules:
         """Take the capsules of every frame from all points on the way, `(..., S, C, D)`."""
@@ -146,11 +154,12 @@ class PotentialFlow(VAE):
     def moved(self, batch: SequenceBatch, mix: Mix | None = None) -> Capsules:
         """Return the path of the flows from the posterior mean of frame 0; by default each of the sequence's own.
 
-        A step takes the gradients of several potentials at the same point, each as much as the mix says.
+        A step takes the gradients of several potentials at the same point, each as much as the mix says, and time
+        starts anew with another mix: a potential has learnt to move what it moves from time 1 on.
         """
-        frames = batch.images.shape[1]
+        frames, times = batch.images.shape[1], None if mix is None else self.times_of(mix)
         mix = self.mix(self.flow_of(batch), frames) if mix is None else mix
-        return self.path(self.follow(self.start(batch), frames, mix))
+        return self.path(self.follow(self.start(batch), frames, mix, times))
 
     def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
         """Return the images of every flow from the posterior mean of frame 0, by the number of the flow."""
