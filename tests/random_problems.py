@@ -184,7 +184,11 @@ def _sums(n: Neighborhood, u: Tensor, S: int, D: int, speed: float, weights) -> 
         offset_of_energy = 0
         if n.roll == "fourier" and not (speed == 1 and n.speeds is None and shifts[0] == int(shifts[0])):
             offset_of_energy = sum(x.shape[1] for x in energies)
-            energies.append((_phase_shifted(u, round(shifts[0] * speed * i, 12))).square().flatten(1))
+            read = {(l + i + before) % S if n.time_boundary == "circular" else l + i + before for l in range(S)}
+            read = sorted(read & set(range(u.shape[1])))  # all others have no part, be they finite or not
+            shifted = _phase_shifted(u[:, read], round(shifts[0] * speed * i, 12)).square()
+            at = torch.tensor(read, dtype=torch.int64)
+            energies.append(torch.zeros_like(u).index_copy(1, at, shifted).flatten(1))
         for l in range(S):
             frame = l + i + before
             frame = frame % S if n.time_boundary == "circular" else frame

@@ -380,8 +380,8 @@ def test_inputs_decide_where_and_in_which_type(any_backend, neighborhood, weight
         rolled = roll_capsules(z, 1, neighborhood)
         return t, *torch.autograd.grad(t.sum(), leaves), rolled, *sampled
 
-    backends.tables.table.cache_clear()
-    backends.tables.phases.cache_clear()
+    backends.tables.table.forget()
+    backends.tables.phases.forget()
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)

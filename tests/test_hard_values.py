@@ -187,6 +187,24 @@ def test_windows_of_phase_shifts_far_along_are_exact(backend, device, shift):
         torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-5 * y.abs().max().item())
 
 
+@pytest.mark.parametrize("boundary", ["zero", "padded"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_phase_shift_that_no_window_has_spoils_nothing(backend, device, boundary, weighted):
+    """Of the frame that is read at once alone, and not a frame later, where all positions would have a part of it."""
+    neighborhood = Neighborhood(2, 1, 0.3, time_boundary=boundary, roll="fourier")
+    z, dt = (normal(1, 3, 1, 5, seed=s).to(device) for s in range(2))
+    u = normal(*neighborhood.shape_of_u(z.shape), seed=2).to(device)
+    weights = normal(2, 1, seed=3).abs().to(device) if weighted else None
+    expected = solve(backend, neighborhood, z, u, z.new_tensor(0.3), weights, dt)
+    u[0, 0, 0, 1] = math.nan
+    t, dz, du, *_ = solve(backend, neighborhood, z, u, z.new_tensor(0.3), weights, dt)
+    spoilt = torch.zeros(5, dtype=torch.bool, device=device)
+    spoilt[1] = True
+    for x, y in zip((t, dz, du), expected, strict=False):
+        assert torch.equal(x[0, 0, 0].isnan(), spoilt)
+        torch.testing.assert_close(x[0, 0, 0][~spoilt], y[0, 0, 0][~spoilt], rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, f32, f64])
 def test_capsules_of_any_type_roll_by_phase(dtype):
     t = normal(3, 2, 6, dtype=dtype)

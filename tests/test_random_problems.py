@@ -89,7 +89,7 @@ def check(case: Case, backend: str, device="cpu") -> None:
         excess = ((x - y).abs() / bound)[finite]
         assert (excess <= 1).all(), (name, excess.max().item(), case)
         strange = ~y.isfinite()
-        if name == "u" and not case.neighborhood.by_phase:
+        if name == "u":
             unread = strange & ~are_read(case)
             assert not x[unread].nan_to_num(0, 8, 9).any(), (name, case)  # 0, or 0 times what is not finite
             strange &= ~unread

@@ -103,7 +103,8 @@ def _on_axis(axis: int | Tensor, inputs: Inputs, window: Window, backend: str) -
         t = None
         for a in range(neighborhood.root_count):
             here = (axis == a)[:, None, None, None]
-            chosen = Inputs(z.where(here, 0), u.where(here, 1), mu, weights)
+            # `z` has a part in the gradient of weights alone, where 0 times what is not finite would be added
+            chosen = Inputs(z if weights is None else z.where(here, 0), u.where(here, 1), mu, weights)
             if weights is None or eps >= _LEAST_EPS:
                 found = _on_axis(a, chosen, window, backend)
             else:  # weights of 0 may be all that a sequence has there

@@ -134,7 +134,9 @@ def _values(u: Tensor, neighborhood: Neighborhood, padding=None) -> Iterator[tup
         yield tap, x.flatten(3), inside.flatten(3) > 0 if _is_cut(neighborhood) else None
 
 
-def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: torch.Size, padding=None) -> Tensor:
+def weight_gradients(
+    g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: torch.Size, padding=None, frames: slice = slice(None)
+) -> Tensor:
     """Return `dw = Σ g · u[tap]²` for any neighbourhood: of `shape`, which is that of its weights.
 
     Args:
@@ -142,6 +144,7 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
         u: as in `window_sums`, and so is `padding`.
         neighborhood: the taps.
         shape: `neighborhood.weights_shape`, or with a leading axis of C.
+        frames: those of `v` that `g` has.
 
     """
     own_weights = len(shape) > len(neighborhood.weights_shape)
@@ -149,7 +152,12 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
         padding = neighborhood.padding()
         capsules = [
             weight_gradients(
-                g[:, :, :, c : c + 1], u[:, :, c : c + 1], neighborhood.of_capsule(c), shape[own_weights:], padding
+                g[:, :, :, c : c + 1],
+                u[:, :, c : c + 1],
+                neighborhood.of_capsule(c),
+                shape[own_weights:],
+                padding,
+                frames,
             )
             for c in _capsules(u)
         ]
@@ -157,8 +165,8 @@ def weight_gradients(g: Tensor, u: Tensor, neighborhood: Neighborhood, shape: to
     summed = (0, 1, 3) if own_weights else (0, 1, 2, 3)
     parts = {}
     for tap, x, inside in _values(u, neighborhood, padding):
-        product = g[tap.root] * x
-        parts[tap.number] = (product if inside is None else product.where(inside, 0)).sum(summed)
+        product = g[tap.root] * x[:, frames]
+        parts[tap.number] = (product if inside is None else product.where(inside[:, frames], 0)).sum(summed)
     return torch.stack([parts[number] for number in range(len(parts))], -1).reshape(shape)
 
 

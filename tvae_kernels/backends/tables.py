@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import wraps
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,38 @@ from ..neighborhood import Neighborhood
 from ..roll import phase_shifted
 
 AXES = 3  # of every table; missing ones come first and have one position
+
+
+def kept(most: int) -> Callable:
+    """Decorate a function of values that returns a tuple: what it returned last is kept, in at most `most` bytes.
+
+    These are those of the tensors, each with some for its objects. What takes more is made anew every time.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        found, lock = OrderedDict(), Lock()  # the last one used is last; backward passes run in threads of their own
+
+        @wraps(function)
+        def call(*arguments):
+            with lock:
+                if arguments in found:
+                    found.move_to_end(arguments)
+                    return found[arguments]
+            result = function(*arguments)
+            with lock:
+                found[arguments] = result
+                while call.kept_bytes() > most:
+                    found.popitem(last=False)
+            return result
+
+        call.kept_bytes = lambda: sum(_OBJECT + x.nbytes for xs in found.values() for x in xs if isinstance(x, Tensor))
+        call.forget = found.clear
+        return call
+
+    return decorate
+
+
+_OBJECT = 2**10  # bytes, more or less
 
 
 class Table(NamedTuple):
@@ -28,12 +63,13 @@ class Table(NamedTuple):
     roots: tuple[int, ...]  # R + 1 numbers: where the entries of each root begin and end
     offsets: Tensor  # (G, E, 3) int32
     coefficients: Tensor  # (G, E) of the linear interpolation
+    are_ones: bool  # all of them
     groups: Tensor  # (C,) int32: the group of every capsule
     lengths: tuple[int, int, int]  # of the axes of z
     padded: tuple[int, int, int]  # of the axes of u
 
 
-@lru_cache(maxsize=128)
+@kept(2**24)
 def table(neighborhood: Neighborhood, capsules: int, dim: int, dtype: torch.dtype, device: torch.device) -> Table:
     """Return the table for capsules of `dim` positions, with coefficients of type `dtype`."""
     speeds = neighborhood.speeds or (1,)
@@ -69,6 +105,7 @@ def table(neighborhood: Neighborhood, capsules: int, dim: int, dtype: torch.dtyp
             (*(roots.index(root) for root in range(neighborhood.root_count)), len(roots)),
             tensor(offsets),
             tensor(coefficients, dtype),
+            all(x == 1 for group in coefficients for x in group),
             tensor([distinct.index(speeds[c % len(speeds)]) for c in range(capsules)]),
             missing + tuple(lengths),
             missing + tuple(low + n + high for n, (low, high) in zip(lengths, padding, strict=True)),
@@ -97,16 +134,32 @@ def shape_of_r(z: Tensor, neighborhood: Neighborhood) -> tuple[int, ...]:
     return tuple(z.shape) if roots == 1 else (z.shape[0], roots + 1, *z.shape[1:])
 
 
-@lru_cache(maxsize=128)
-def phases(neighborhood: Neighborhood, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `h` of shape `(G, W, D)`: `Σ_m h[m] · u[d + m]` is `u` with its phase shifted by the roll of a frame."""
+@kept(2**24)
+def phases(neighborhood: Neighborhood, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+    """Return `h` alone, `(G, W, D)`: `Σ_m h[m] · u[d + m]` is `u` with its phase shifted by the roll of a frame."""
     with torch.inference_mode(False):
         each = torch.eye(dim, dtype=torch.float64, device="cpu")
         h = [
             [phase_shifted(each, round(neighborhood.shift * speed * i, 12))[:, 0] for i in neighborhood.time_taps]
             for speed in sorted(set(neighborhood.speeds or (1,)))
         ]
-        return torch.stack([torch.stack(rows) for rows in h]).to(device, dtype)
+        return (torch.stack([torch.stack(rows) for rows in h]).to(device, dtype),)
+
+
+def parts(shape: torch.Size, of_a_frame: int, most: int) -> Iterator[tuple[slice, range]]:
+    """All sequences and frames of a tensor `(B, S, ...)` in parts, of which those work on at most so many elements.
+
+    A compiler, which plans its memory by itself, is given all of them as one.
+    """
+    batch, steps = shape[:2]
+    if torch.compiler.is_compiling() or batch * steps * of_a_frame <= most:
+        yield slice(0, batch), range(steps)
+        return
+    frames = min(steps, max(1, most // of_a_frame))
+    sequences = max(1, most // (frames * of_a_frame))
+    for b in range(0, batch, sequences):
+        for first in range(0, steps, frames):
+            yield slice(b, b + sequences), range(first, min(first + frames, steps))
 
 
 def weight_sums(parts: Tensor, by_weight: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -10,16 +10,18 @@ a single transform back. Whole offsets are exact rolls.
 from __future__ import annotations
 
 import math
-from functools import reduce
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...arguments import Inputs, Window, compute_dtype, has_own_weights
 from ...neighborhood import Neighborhood
-from ...roll import moved, phase_of_each_frequency, widest_type
+from ...roll import phase_of_each_frequency, widest_type
+from ..tables import parts
+
+MOST = 2**20  # elements that the sums for every k have at once, where there are more frames or sequences
 
 
 def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tensor | None]:
@@ -27,16 +29,8 @@ def forward(inputs: Inputs, window: Window, save_r: bool) -> tuple[Tensor, Tenso
     (z, u, mu, weights), (n, eps) = inputs, window
     dtype = compute_dtype(z.dtype)
     shifts = _Shifts.of_u(u.to(dtype), n)
-    (before, _), _ = n.padding()
-    columns = [0] * (1 if weights is None else n.capsule_window)  # Σ_i w[i,k] · x_i², by k where they differ
-    for row, i in enumerate(n.time_taps):
-        energy = shifts.shifted(row).square()
-        weighted = [_weighted(energy, weights, n, row, k) for k in range(len(columns))]  # before an edge cuts it off
-        columns = [
-            x + moved(y, 1, i, n.time_boundary, before, z.shape[1]) for x, y in zip(columns, weighted, strict=True)
-        ]
-    v = _sum([torch.roll(columns[k % len(columns)], -offset, -1) for k, offset in enumerate(n.capsule_taps)])
-    r = (v + eps).rsqrt()
+    v = _filled(z, weights, n, lambda *part: _window_sum(shifts, weights, n, *part))
+    r = v.add_(eps).rsqrt_()
     t = (z.to(dtype) - mu) * r
     return (t if t.dtype == z.dtype else t.to(z.dtype)), (r if save_r else None)
 
@@ -50,25 +44,111 @@ def backward(inputs: Inputs, window: Window, r: Tensor, dt: Tensor) -> tuple[Ten
     dtype = compute_dtype(z.dtype)
     shifts = _Shifts.of_u(u.to(dtype), n)
     dz = dt.to(dtype) * r
-    g = (mu - z.to(dtype)) * dz * r * r  # twice: -½ and 2 meet in du
-    columns = [torch.roll(g, offset, -1) for offset in n.capsule_taps]
-    if weights is None:
-        columns = [_sum(columns)]
-    spectrum, du, dw = 0, 0, []
+    dmu = -dz.sum_to_size(mu.shape)
+    g = (mu - z.to(dtype)).mul_(dz).mul_(r).mul_(r)  # twice: -½ and 2 meet in du
+    dz = dz.to(z.dtype)
+    dw = None if weights is None else torch.zeros_like(weights)
+    du = _filled(u, weights, n, lambda *part: _gradient(shifts, g, weights, n, dw, *part))
+    return dz, du.to(u.dtype), dmu, None if dw is None else dw.div_(2)
+
+
+def _filled(like: Tensor, weights: Tensor | None, n: Neighborhood, call: Callable[[slice, range], Tensor]) -> Tensor:
+    """Return what a function gives for some sequences and frames, of all of them, in the shape of a tensor."""
+    whole, columns = None, 1 if weights is None else n.capsule_window
+    for batch, frames in parts(like.shape, like[:1, :1].numel() * columns, MOST):
+        part = call(batch, frames)
+        if part.shape == like.shape:
+            return part
+        whole = part.new_empty(like.shape) if whole is None else whole
+        whole[batch, frames.start : frames.stop] = part
+    return whole
+
+
+def _window_sum(shifts: _Shifts, weights: Tensor | None, n: Neighborhood, batch: slice, frames: range) -> Tensor:
+    """Return `v` of some frames of `z`."""
+    (before, _), _ = n.padding()
+    B, S, C, D = shifts.u[batch].shape
+    count = 1 if weights is None else n.capsule_window
+    columns = [shifts.u.new_zeros((B, len(frames), C, D)) for _ in range(count)]  # Σ_i w[i,k] · x_i², by k
     for row, i in enumerate(n.time_taps):
-        x = shifts.shifted(row)
-        gathered = _sum([_weighted(column, weights, n, row, k) for k, column in enumerate(columns)])
-        part_of_spectrum, part = shifts.transposed(row, x * _from_z(gathered, i, n))
-        spectrum, du = spectrum + part_of_spectrum, du + part
-        if weights is not None:
-            dw += [_weight_gradient(column, x, i, n, has_own_weights(weights, n)) for column in columns]
-    du = shifts.gathered(spectrum, du)
-    dw = None if weights is None else torch.stack(dw, -1).reshape(weights.shape) / 2
-    return dz.to(z.dtype), du.to(u.dtype), -dz.sum_to_size(mu.shape), dw
+        there, source = _reached(frames, i + before, S, n)
+        if len(source):
+            energy = shifts.shifted(row, batch, source).square()
+            for k, column in enumerate(columns):
+                column[:, there].add_(_weighted(energy, weights, n, row, k))
+    return _sum(torch.roll(columns[k % count], -offset, -1) for k, offset in enumerate(n.capsule_taps))
 
 
-def _sum(terms: list[Tensor]) -> Tensor:
-    return reduce(torch.add, terms)
+def _gradient(
+    shifts: _Shifts, g: Tensor, weights: Tensor | None, n: Neighborhood, dw: Tensor | None, batch: slice, frames: range
+) -> Tensor:
+    """Return `du` of some frames of `u`, and add to `dw` what is in them."""
+    (before, _), _ = n.padding()
+    reached = [_reached(frames, -(i + before), g.shape[1], n) for i in n.time_taps]
+    columns, first = _columns(g[batch], weights, n, [source for _, source in reached])
+    spectrum = du = None
+    shape = g[batch].shape[0], len(frames), *g.shape[2:]
+    for row, (there, source) in enumerate(reached):
+        if not len(source):  # no window has this tap in these frames: not even 0 times what is there is added
+            continue
+        x = shifts.shifted(row, batch, range(frames.start + there.start, frames.start + there.stop))
+        taken = [_taken(column, range(source.start - first, source.stop - first)) for column in columns]
+        product = x * _sum(_weighted(column, weights, n, row, k) for k, column in enumerate(taken))
+        for_spectrum, for_du = shifts.transposed(row, product)
+        spectrum, du = _added(spectrum, for_spectrum, there, shape), _added(du, for_du, there, shape)
+        for k in range(0 if weights is None else len(taken)):
+            summed = (0, 1, 3) if has_own_weights(weights, n) else (0, 1, 2, 3)
+            dw[..., row, k].add_((taken[k] * x * x).sum(summed))
+    if spectrum is None:
+        return g.new_zeros(shape) if du is None else du
+    from_spectrum = torch.fft.irfft(spectrum, n=shape[-1])
+    return from_spectrum if du is None else from_spectrum.add_(du)
+
+
+def _added(total: Tensor | None, part: Tensor | None, there: slice, shape: tuple[int, ...]) -> Tensor | None:
+    """Return a total, of zeros at first, with a part of its frames added to it; of nothing None."""
+    if part is not None:
+        total = part.new_zeros((*shape[:-1], part.shape[-1])) if total is None else total
+        total[:, there].add_(part)
+    return total
+
+
+def _columns(g: Tensor, weights: Tensor | None, n: Neighborhood, sources: list[range]) -> tuple[list[Tensor], int]:
+    """Return `g` of some frames as each `k` takes it, or their sum without weights, and the number of the first."""
+    begin = min((x.start for x in sources if len(x)), default=0)
+    end = max((x.stop for x in sources if len(x)), default=0)
+    if end - begin < g.shape[1]:
+        g = _taken(g, range(begin, end))
+    else:
+        begin = 0  # all, which are a circle where more are reached
+    columns = (torch.roll(g, offset, -1) for offset in n.capsule_taps)
+    return ([_sum(columns)] if weights is None else list(columns)), begin
+
+
+def _reached(frames: range, offset: int, known: int, n: Neighborhood) -> tuple[slice, range]:
+    """Return which of some frames have one `offset` later among those that are known, from the first on; and those."""
+    if n.time_boundary == "circular":
+        return slice(0, len(frames)), range(frames.start + offset, frames.stop + offset)
+    begin = max(frames.start, -offset)
+    end = max(begin, min(frames.stop, known - offset))
+    return slice(begin - frames.start, end - frames.start), range(begin + offset, end + offset)
+
+
+def _taken(x: Tensor, frames: range) -> Tensor:
+    """Return some frames of `x`, which is a circle if they reach beyond it."""
+    steps = x.shape[1]
+    if frames.start >= 0 and frames.stop <= steps:
+        return x[:, frames.start : frames.stop]
+    begin = frames.start % steps
+    return torch.cat((x[:, begin : begin + len(frames)], x[:, : max(0, begin + len(frames) - steps)]), 1)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Add up tensors, of which the first, if it is not alone, is nobody else's."""
+    total = None
+    for x in terms:
+        total = x if total is None else total.add_(x)
+    return total
 
 
 def _weighted(x: Tensor, weights: Tensor | None, n: Neighborhood, row: int, k: int) -> Tensor:
@@ -76,28 +156,6 @@ def _weighted(x: Tensor, weights: Tensor | None, n: Neighborhood, row: int, k: i
     if weights is None:
         return x
     return (weights[:, row, k, None] if has_own_weights(weights, n) else weights[row, k]) * x
-
-
-def _from_z(x: Tensor, i: int, n: Neighborhood) -> Tensor:
-    """At every frame of `u`, `x` of the frame of `z` whose tap `i` it is, and 0 where there is none."""
-    (before, after), _ = n.padding()
-    if n.time_boundary == "padded":
-        return F.pad(x, (0, 0) * 2 + (before + i, after - i))
-    return moved(x, 1, -i, n.time_boundary)
-
-
-def _weight_gradient(g: Tensor, x: Tensor, i: int, n: Neighborhood, own_weights: bool) -> Tensor:
-    """Return `Σ g · x[tap]²` over the frames whose tap is there: 0 times a gradient that is not finite is no 0."""
-    (before, _), _ = n.padding()
-    steps = g.shape[1]
-    if n.time_boundary == "circular":
-        x = moved(x, 1, i, "circular")
-    elif n.time_boundary == "padded":
-        x = x.narrow(1, before + i, steps)
-    else:
-        first, last = max(0, -i), min(steps, steps - i)
-        g, x = (y.narrow(1, first + offset, max(0, last - first)) for y, offset in ((g, 0), (x, i)))
-    return (g * x * x).sum((0, 1, 3) if own_weights else (0, 1, 2, 3))
 
 
 class _Shifts(NamedTuple):
@@ -121,27 +179,24 @@ class _Shifts(NamedTuple):
         cos, sin = phase_of_each_frequency(offsets, self.u.shape[-1], self.u)
         return torch.complex(cos, sign * sin)
 
-    def shifted(self, row: int) -> Tensor:
-        """Return `x_i`, of the shape of `u`."""
-        rolled = self._rolled(self.u, row, 1)
+    def shifted(self, row: int, batch: slice, frames: range) -> Tensor:
+        """Return `x_i` of some frames, which may go around a circle."""
+        u = _taken(self.u[batch], frames)
+        rolled = self._rolled(u, row, 1)
         if self._all_whole(row):
             return rolled
-        x = torch.fft.irfft(self.spectrum * self._phases(row, 1), n=self.u.shape[-1])
+        x = torch.fft.irfft(_taken(self.spectrum[batch], frames) * self._phases(row, 1), n=u.shape[-1])
         return x if rolled is None else torch.where(self._whole(row), rolled, x)
 
-    def transposed(self, row: int, y: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    def transposed(self, row: int, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return what the transposed shift adds to the spectrum of `du`, and to `du` itself."""
         rolled = self._rolled(y, row, -1)
         if self._all_whole(row):
-            return 0, rolled
+            return None, rolled
         spectrum = torch.fft.rfft(y) * self._phases(row, -1)
         if rolled is None:
-            return spectrum, 0
+            return spectrum, None
         return spectrum.masked_fill(self._whole(row), 0), rolled.masked_fill(~self._whole(row), 0)
-
-    def gathered(self, spectrum: Tensor | float, du: Tensor | float) -> Tensor:
-        """Return `du` from what `transposed` gave for all frames."""
-        return du if isinstance(spectrum, int) else torch.fft.irfft(spectrum, n=self.u.shape[-1]) + du
 
     def _all_whole(self, row: int) -> bool:
         return self.spectrum is None or all(x == int(x) for x in self.offsets[row])

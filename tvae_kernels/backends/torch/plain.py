@@ -16,6 +16,8 @@ that hold them. A cut edge is a circle with enough zeros between its ends.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,23 +42,83 @@ def _fake_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Te
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+MOST = 2**20  # elements of skewed capsules that are made at once
+
+
 # A compiler would skew anew for every tap. Exported programs take the sum with them: they run without this package.
 @operator("window_sum", _fake_window_sum, looked_into=lambda *_: not torch.compiler.is_dynamo_compiling())
 def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> Tensor:
-    """Return the plain window sum as written above, into new memory."""
-    shape, (_, steps, capsules, dim) = x.shape, x.shape
-    frames, positions, (pad_steps, pad_dim) = _circle(steps, dim, neighborhood, adjoint)
-    window, width = len(frames), len(positions)
-    if pad_steps or pad_dim:
-        x = F.pad(x, (0, pad_dim, 0, 0, 0, pad_steps))
+    """Return the plain window sum as written above, into new memory; of many sequences or frames part by part."""
+    batch, steps, capsules, dim = x.shape
+    skew = _Skew.of_frames(steps, dim, neighborhood, adjoint)
+    if torch.compiler.is_compiling() or batch * capsules * skew.elements <= MOST:
+        return _skewed(x, skew)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    frames, window = steps, neighborhood.time_window
+    while frames > 8 * window and capsules * skew.elements > MOST:
+        frames //= 2
+        skew = _Skew.of_frames(min(steps, frames + window - 1), dim, neighborhood, adjoint)
+    sequences = max(1, MOST // (capsules * skew.elements))
+    for first in range(0, steps, frames):
+        count = min(frames, steps - first)
+        for b in range(0, batch, sequences):
+            known, before = _around(x[b : b + sequences], first, count, neighborhood, adjoint)
+            # what these frames lose at their own ends is in no window that is kept
+            sums = _skewed(known, _Skew.of_frames(known.shape[1], dim, neighborhood, adjoint))
+            total[b : b + sequences, first : first + count] = sums[:, before : before + count]
+    return total
 
-    circle = steps + pad_steps, dim + pad_dim
-    shift = neighborhood.shift % circle[1] if window > 1 else 0
-    # If the windows cover all time and the diagonals meet themselves again, all windows on a diagonal are one.
-    all_time = window == steps == circle[0] and shift * window % circle[1] == 0
-    lines, line = steps + (0 if all_time else window - 1), circle[1] + width - 1  # y: as far as the windows reach
-    skew = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
-    x = x.flatten(1).index_select(1, skew)
+
+def _around(x: Tensor, first: int, count: int, neighborhood: Neighborhood, adjoint: bool) -> tuple[Tensor, int]:
+    """Return the frames that some windows reach, and how many of them are before the first of these."""
+    steps, taps = x.shape[1], neighborhood.time_taps
+    low, high = (-taps[-1], -taps[0]) if adjoint else (taps[0], taps[-1])
+    begin, end = first + low, first + count + high
+    if neighborhood.time_boundary == "circular" and (begin < 0 or end > steps):
+        if end - begin >= steps:
+            return x, first
+        return x.index_select(1, torch.arange(begin, end, device=x.device) % steps), -low
+    begin = max(0, begin)
+    return x[:, begin : min(steps, end)], first - begin
+
+
+class _Skew(NamedTuple):
+    """How capsules are skewed: the taps, the circles with the zeros that make axes such, and the lines of `y`."""
+
+    frames: range
+    positions: range
+    circle: tuple[int, int]
+    shift: int
+    all_time: bool  # whether all windows on a diagonal are one
+    lines: int
+    line: int
+
+    @property
+    def elements(self) -> int:
+        """Count those of a capsule."""
+        return self.lines * self.line
+
+    @classmethod
+    def of_frames(cls, steps: int, dim: int, neighborhood: Neighborhood, adjoint: bool) -> _Skew:
+        """Return that of capsules of `dim` positions in `steps` frames."""
+        frames, positions, (pad_steps, pad_dim) = _circle(steps, dim, neighborhood, adjoint)
+        window, width, circle = len(frames), len(positions), (steps + pad_steps, dim + pad_dim)
+        shift = neighborhood.shift % circle[1] if window > 1 else 0
+        # if the windows cover all time and the diagonals meet themselves again
+        all_time = window == steps == circle[0] and shift * window % circle[1] == 0
+        lines, line = steps + (0 if all_time else window - 1), circle[1] + width - 1  # as far as the windows reach
+        return cls(frames, positions, circle, shift, all_time, lines, line)
+
+
+def _skewed(x: Tensor, skew: _Skew) -> Tensor:
+    """Return the sums of all frames at once."""
+    shape, (_, steps, capsules, dim) = x.shape, x.shape
+    frames, positions, circle, shift, all_time, lines, line = skew
+    window, width = len(frames), len(positions)
+    if circle != (steps, dim):
+        x = F.pad(x, (0, circle[1] - dim, 0, 0, 0, circle[0] - steps))
+    index = _indices((frames.start, lines), capsules, (positions.start, line), shift, circle, circle[1], x.device)
+    x = x.flatten(1).index_select(1, index)
     x = x.unflatten(1, (lines, capsules * line))  # of no frames -1 would not be known
     if all_time:
         x = x.sum(1)
@@ -70,8 +132,8 @@ def skewed_window_sum(x: Tensor, neighborhood: Neighborhood, adjoint: bool) -> T
             total += x[:, k : inside + k]
         x = total
     sums = (1 if all_time else circle[0]), circle[1]
-    unskew = _indices((0, steps), capsules, (0, dim), -shift, sums, line, x.device)
-    return x.index_select(1, unskew).view(shape)
+    index = _indices((0, steps), capsules, (0, dim), -shift, sums, line, x.device)
+    return x.index_select(1, index).view(shape)
 
 
 def _circle(steps: int, dim: int, neighborhood: Neighborhood, adjoint: bool) -> tuple[range, range, tuple[int, int]]:

@@ -161,7 +161,7 @@ def fourier_backward_kernel(
             r_tap = tl.load(r + capsule + row * C * P.D + column, mask=tap, other=0.0)
             numerator = z_tap - tl.load(mu + column * mu_stride_d, mask=tap, other=0.0)
             gathered += _weighted(dt_tap * r_tap * (numerator * r_tap) * r_tap, row_inside, weights, i, k, P)
-        x = _shifted(u, h + i * P.D, l, l < S_U, d, u_stride_s, u_stride_d, P)
+        x = _shifted(u, h + i * P.D, l, row_inside & (l < S_U), d, u_stride_s, u_stride_d, P)
         product = -x * gathered  # 2 · x · (-½ · gathered)
         for m in range(P.D):
             du_here += _times(tl.load(h + i * P.D + m), tl.gather(product, _around(d, -m, P), 1))
@@ -214,7 +214,7 @@ def _prepared(window: Window, sizes: Sizes, weighted: bool, dtype: torch.dtype, 
         "K": n.capsule_window,
         **common_fields(window, weighted, dtype, block_s, block_d),
     }
-    h, groups = phases(n, D, compute_dtype(dtype), device), table(n, C, D, compute_dtype(dtype), device).groups
+    (h,), groups = phases(n, D, compute_dtype(dtype), device), table(n, C, D, compute_dtype(dtype), device).groups
     weights = n.time_window * n.capsule_window
     with torch.inference_mode(False):  # it is kept for calls that train
         by_weight = torch.arange(weights, device=device)[:, None]
