@@ -4,12 +4,15 @@ Nothing here depends on how fast a machine is: a process ends itself at a given 
 it leaves a mark and waits for the signal that the test sends when the mark is there.
 
 As a script, `python acting.py FOLDER` trains the runs of test_kills.py in processes that end like that, and writes what
-came of them into FOLDER/outcomes.json. All of them are forked from one, for it takes seconds to start.
+came of them into FOLDER/outcomes.json. All of them are forked from one, for it takes seconds to start. With two numbers
+behind it, `KILLS SEED`, it does so at random: with so many kills, a fourth as many full disks, and pairs of processes
+on one run.
 """
 
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -18,6 +21,7 @@ import time
 import traceback
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -31,7 +35,7 @@ from tvae.data import Factor, SequenceSource, SequenceStream, register
 from tvae.models import TVAE, VAE
 from tvae.paper import runs, tables
 from tvae.presets import PRESETS, Preset
-from tvae.training import Run, loop, train
+from tvae.training import Run, RunError, loop, train
 from tvae_kernels import Neighborhood
 
 NO_HANG = 300  # seconds for one process to end; nothing is measured by them
@@ -247,8 +251,12 @@ class Forked:
         return not int(ignored, 16) & 1 << signal.SIGINT - 1
 
 
-def kill_at(chosen, path, hit):
-    """Kill this process at one of the operations on the files of a run, which `chosen` picks by number and name.
+def kill(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+
+def act_at(chosen, path, hit, action=kill):
+    """Do something at one of the operations on the files of a run, which `chosen` picks by number and name.
 
     Half of what is to be written into a file counts as one. The name of the operation is appended to the file `hit`.
     """
@@ -264,7 +272,7 @@ def kill_at(chosen, path, hit):
         if chosen(next(operations), name):
             with hit.open("a") as file:
                 file.write(f"{name}\n")
-            os.kill(os.getpid(), signal.SIGKILL)
+            action()
 
     def write_in_halves(place, data):
         with place.open("wb") as file:
@@ -278,7 +286,7 @@ def kill_at(chosen, path, hit):
 
 
 def train_and_be_killed(path, hit, chosen):
-    kill_at(chosen, path, hit)
+    act_at(chosen, path, hit)
     with often(2, 1):
         return 0 if train(Run.open(path), "cpu", show_progress=False) is not None else 1
 
@@ -300,8 +308,7 @@ def kill_command(folder):
     """Kill `tvae reproduce` in step 27 of its first model."""
 
     def command():
-        kill = lambda number: number == 27 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        Toy.before_batch = staticmethod(kill)
+        Toy.before_batch = staticmethod(lambda number: number == 27 and kill())
         return 0 if reproduce(folder) else 130
 
     return Forked(command, errors=folder / "errors").end()
@@ -350,14 +357,90 @@ def steps_saved(folder):
     return steps
 
 
-def main(folder):
+def short_config():
+    """A run with some 70 operations on files, of which every step has some."""
+    return with_training(toy_config(), steps=8)
+
+
+def train_disturbed(path, folder, at=-1, action=kill, start=None):
+    """Train a run, with something done at an operation; return 3 where it is refused, and why in a file of the folder.
+
+    Args:
+        path: of the run.
+        folder: for what there is to say.
+        at: number of the operation, if there is any.
+        action: what is done.
+        start: of a pipe, which is read first.
+
+    """
+    if start is not None:
+        os.read(start, 1)
+    act_at(lambda i, name: i == at, path, folder / "hit.txt", action)
+    try:
+        with often(2, 1):
+            train(Run.open(path), "cpu", show_progress=False)
+    except RunError as error:
+        no_room_beyond(resource.RLIM_INFINITY)
+        with (folder / "refused.txt").open("a") as file:
+            file.write(f"{error}\n")
+        return 3
+    return 0
+
+
+def no_room_beyond(size):
+    """From now on let no file grow beyond so many bytes, as far as that may be said again."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if hard == resource.RLIM_INFINITY else min(size, hard), hard))
+
+
+def one_after_the_other(folder, count, choose, action):
+    """Train run after run until so many processes have not finished, and return the status of all of them.
+
+    Every run is taken up, each time with what is done at another operation, until a process has finished it.
+    """
+    found = []
+    while sum(map(bool, found)) < count:
+        path = folder / f"run-{found.count(0)}"
+        Run.create(path, short_config())
+        while not found or found[-1] or not (path / "model.safetensors").exists():
+            process = Forked(train_disturbed, path, folder, choose(90), action(), errors=folder / "errors")
+            found.append(process.end())
+    return found
+
+
+def kill_at_random(folder, count, choose):
+    return one_after_the_other(folder, count, choose, lambda: kill)
+
+
+def fill_disks_at_random(folder, count, choose):
+    """Let no file grow beyond some bytes, from an operation on: one byte, as many as a checkpoint has, or between."""
+    return one_after_the_other(folder, count // 4, choose, lambda: partial(no_room_beyond, choose(2 ** choose(22)) + 1))
+
+
+def meet_at_random(folder, count, choose):
+    """Let two processes start at once on a run, of which one may be killed, and then one finish it."""
+    found = []
+    for number in range(count // 20):
+        path, (reader, writer) = folder / f"run-{number}", os.pipe()
+        Run.create(path, short_config())
+        at = [-1, choose(180)]
+        both = [Forked(train_disturbed, path, folder, n, kill, reader, errors=folder / "errors") for n in at]
+        os.write(writer, b"go")
+        found.append([x.end() for x in both] + [Forked(train_disturbed, path, folder, errors=folder / "errors").end()])
+    return found
+
+
+def main(folder, count="", seed=""):
     loop.CHECKPOINT_EVERY = CHECKPOINT_EVERY
     PRESETS.update(toy_presets())
-    outcomes = {}
-    for case in (kill_again_and_again, kill_command, stop_commands_at_work):
+    outcomes, cases, arguments = {}, (kill_again_and_again, kill_command, stop_commands_at_work), ()
+    if count:
+        cases = kill_at_random, fill_disks_at_random, meet_at_random
+        arguments = int(count), random.Random(int(seed)).randrange
+    for case in cases:
         (folder / case.__name__).mkdir()
         try:
-            outcomes[case.__name__] = case(folder / case.__name__)
+            outcomes[case.__name__] = case(folder / case.__name__, *arguments)
         except Exception:
             outcomes[case.__name__] = traceback.format_exc()
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
@@ -387,4 +470,4 @@ if __name__ == "__mp_main__":  # a worker of a command, which registers what is 
     loop.CHECKPOINT_EVERY = CHECKPOINT_EVERY
     worker_waits(Path(os.environ["TOY_MARKS"]))
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

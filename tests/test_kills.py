@@ -2,9 +2,14 @@
 
 They are killed by SIGKILL at a step or at an operation on files that is chosen beforehand, or as they wait after they
 have left a mark: whatever the machine's speed and load, the same happens every time. See acting.py.
+
+`pytest -m long` kills at as many random operations as the environment variable TVAE_KILLS says, and fills a fourth as
+many disks, and prints how many these were.
 """
 
 import json
+import os
+from collections import Counter
 from itertools import groupby
 
 import acting
@@ -18,6 +23,7 @@ from acting import (
     often,
     reproduce,
     run_script,
+    short_config,
     steps_saved,
     toy_config,
     toy_presets,
@@ -73,13 +79,21 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(stopped,
         "half model.partial",
         "os.rename model.partial",
     }
-    killed, whole = Run.open(folder / "run"), Run.create(tmp_path / "whole", toy_config())
+    assert_ended_like(Run.open(folder / "run"), undisturbed(tmp_path / "whole", toy_config()))
+
+
+def undisturbed(path, config):
+    whole = Run.create(path, config)
     with often(2, 1):
         assert train(whole, "cpu", show_progress=False) is not None
+    return whole
+
+
+def assert_ended_like(run, whole):
     for name in ("metrics.csv", "model.safetensors"):
-        assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
-    assert_equal(killed.checkpoint, whole.checkpoint)
-    assert {file.name for file in killed.path.iterdir()} == {file.name for file in whole.path.iterdir()}
+        assert (run.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    assert_equal(run.checkpoint, whole.checkpoint)
+    assert {file.name for file in run.path.iterdir()} == {file.name for file in whole.path.iterdir()}
 
 
 def assert_equal(checkpoint, expected):
@@ -117,3 +131,32 @@ def test_several_at_once_stop_when_interrupted_die_with_their_parent_and_end_in_
     assert len(list((folder / "interrupted").glob("*.woken"))) == len(MODELS)
     assert not list(folder.rglob("evaluation.json"))
     assert reproduce(folder) == in_peace
+
+
+@pytest.mark.long
+def test_nothing_is_lost_by_many_kills_full_disks_and_meetings(toy, tmp_path, capsys):
+    """Every run ends like one that nothing disturbs, and what is refused is refused in one line."""
+    kills, seed = (os.environ.get(name, default) for name, default in (("TVAE_KILLS", "200"), ("TVAE_SEED", "0")))
+    result = run_script(acting.__file__, tmp_path, kills, seed, limit=None)
+    assert (result.returncode, result.stderr) == (0, "")
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    whole = undisturbed(tmp_path / "whole", short_config())
+    for name, found in outcomes.items():
+        folder = tmp_path / name
+        assert type(found) is list, found
+        statuses = Counter(x for each in found for x in (each if type(each) is list else [each]))
+        refused = folder / "refused.txt"
+        lines = refused.read_text().splitlines() if refused.exists() else []
+        assert statuses.keys() <= {0, -9 if name == "kill_at_random" else 3, -9 if name == "meet_at_random" else 0}
+        assert statuses[3] == len(lines)
+        for line in lines:
+            start = "cannot write the run: " if name == "fill_disks_at_random" else "another process is at work in "
+            assert line.startswith(start)
+        runs = [Run.open(path) for path in folder.glob("run-*")]
+        for run in runs:
+            assert_ended_like(run, whole)
+        hit = folder / "hit.txt"
+        operations = Counter(hit.read_text().splitlines() if hit.exists() else [])
+        with capsys.disabled():
+            print(f"\n{name}: {len(found)} in {len(runs)} runs, {dict(statuses)}; at {dict(operations)}")
+    assert all(last == 0 for *_, last in outcomes["meet_at_random"])
