@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,30 @@ def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
         partial.write_text("new")
         assert path.read_text() == "old"
     assert [(Path(name).name, text) for name, text in synced] == [("file.partial", "old"), (tmp_path.name, "new")]
+
+
+def test_a_file_that_several_replace_at_once_is_always_whole(tmp_path):
+    """By threads; the last file differs in its suffix alone."""
+    paths = [tmp_path / "file.txt"] * 3 + [tmp_path / "file.md"]
+    wrong = []
+
+    def replace_often(number):
+        try:
+            for _ in range(20):
+                files.write_text(paths[number], f"{number}" * 10_000 * (number + 1))
+                text = paths[number].read_text()
+                if text not in {f"{n}" * 10_000 * (n + 1) for n in (range(3) if number < 3 else [number])}:
+                    wrong.append(text)
+        except OSError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=replace_often, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sorted(tmp_path.iterdir()) == sorted(set(paths))
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
