@@ -423,7 +423,7 @@ def meet_at_random(folder, count, choose):
     for number in range(count // 20):
         path, (reader, writer) = folder / f"run-{number}", os.pipe()
         Run.create(path, short_config())
-        at = [-1, choose(180)]
+        at = [-1, choose(90)]
         both = [Forked(train_disturbed, path, folder, n, kill, reader, errors=folder / "errors") for n in at]
         os.write(writer, b"go")
         found.append([x.end() for x in both] + [Forked(train_disturbed, path, folder, errors=folder / "errors").end()])

@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from tvae_kernels import Neighborhood, exchange_halo, topographic, topographic_split
+from tvae_kernels import Neighborhood, TopographicLayer, exchange_halo, topographic, topographic_split
 
 FRAMES = (7, 5, 6)  # of the parts of three processes; of two, the last two
 CASES = {
@@ -64,7 +66,47 @@ def compute(rank, folder):
         if rank >= 0:
             results = {name: of_part(n, FRAMES[-members:], rank, group) for name, n in CASES.items()}
             torch.save(results, folder / f"{members}-{rank}.pt")
+    if dist.get_rank() == 0:
+        torch.save(sharded_gradients(), folder / "sharded.pt")
+    else:
+        sharded_gradients()
     dist.destroy_process_group()
+
+
+class Mapped(torch.nn.Module):
+    """A layer with weights for each capsule, on linear maps of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.to_z, self.to_u = (torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(2))
+        layer = TopographicLayer(CASES["speeds"], 0.5, learn_weights=True, weights_for_capsules=2)
+        self.layer = layer.double()
+
+    def forward(self, x):
+        u = self.to_u(x)
+        return self.layer(self.to_z(x), torch.nn.functional.pad(u, SPEEDS_PADDING)).square().mean()
+
+
+SPEEDS_PADDING = CASES["speeds"].padding()[1][0]
+
+
+def own_part(rank):
+    return torch.randn(2, 5, 2, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+def sharded_gradients():
+    """The gradients of all parameters, sharded over all processes but for the scalar `mu`, as docs/training.md does."""
+    module = Mapped()
+    mesh, mu = init_device_mesh("cpu", (dist.get_world_size(),)), module.layer.mu
+    for part in (module.layer, module):
+        fully_shard(part, mesh=mesh, ignored_params={mu})
+    module(own_part(dist.get_rank())).backward()
+    dist.all_reduce(mu.grad)
+    mu.grad /= dist.get_world_size()
+    names = {name for name, x in module.named_parameters() if not hasattr(x, "full_tensor")}
+    assert names == {"layer.mu"}
+    return [x.grad if x is mu else x.grad.full_tensor() for x in module.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +117,8 @@ def parts(tmp_path_factory):
     command = [sys.executable, "-W", "error", __file__, folder]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
-    return {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(n)] for n in (2, 3)}
+    found = {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(n)] for n in (2, 3)}
+    return found | {"sharded": torch.load(folder / "sharded.pt")}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,6 +137,16 @@ def test_the_parts_of_a_split_sequence_are_those_of_the_whole(processes, name, r
         # Sums in another order, of no more terms than there are elements, of up to ten times the largest result.
         bound = 10 * expected.abs().max() * dt.numel() * torch.finfo(torch.float64).eps
         torch.testing.assert_close(actual, expected, rtol=0, atol=float(bound), msg=lambda m, q=quantity: f"{q}: {m}")
+
+
+@pytest.mark.slow
+def test_a_layer_whose_parameters_are_sharded_has_the_gradients_of_the_whole(parts):
+    module = Mapped()
+    (sum(module(own_part(rank)) for rank in range(3)) / 3).backward()
+    for (name, x), actual in zip(module.named_parameters(), parts["sharded"], strict=True):
+        # the mean of three, in whatever order, and of no more terms than there are elements
+        bound = 10 * x.grad.abs().max() * 3 * own_part(0).numel() * torch.finfo(torch.float64).eps
+        torch.testing.assert_close(actual, x.grad, rtol=0, atol=float(bound), msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_one_process_borrows_from_itself_or_finds_zeros():
