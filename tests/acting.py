@@ -297,7 +297,7 @@ def kill_again_and_again(folder):
     Run.create(path, toy_config())
     chosen = [lambda i, name, n=n: i == n for n in reversed(range(30))]
     # And all operations on the file of the trained model, of which `n` are survived.
-    for n in range(4):
+    for n in range(5):
         model = count()
         chosen.append(lambda i, name, n=n, model=model: "model" in name and next(model) == n)
     chosen.append(lambda i, name: False)

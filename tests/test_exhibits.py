@@ -1,8 +1,11 @@
 """The tables and figures of the paper: which models, which numbers it prints, and what is drawn of the runs."""
 
+import json
 import math
+import re
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +14,8 @@ import torch
 from tvae.paper.exhibits import EXHIBITS, Exhibit, capcorr_series, shown_in
 from tvae.paper.tables import CAPCORR, EQUIVARIANCE_ERROR, LOG_LIKELIHOOD, Line
 from tvae.presets import DEFAULT_PRESET, PRESETS
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_exhibit_has_presets_and_every_preset_is_exhibited():
@@ -134,3 +139,23 @@ def only_of_seed_0(load):
 
 def test_tables_have_no_figure_and_figures_have_one():
     assert {name for name, exhibit in EXHIBITS.items() if exhibit.draw is None} == {f"table{n}" for n in range(1, 6)}
+
+
+README = {
+    "log p(x), bound, 10 samples": ("log_likelihood", "bound"),
+    "E_pix of its own motion": ("pixel_error", None),
+    "E_pix of a linear motion fitted to its capsules": ("pixel_error", "affine"),
+}
+COLUMNS = ("vae", "factorvae", "slowvae", "tvae", "poflow", "flowvae", "weakflowvae")
+
+
+@pytest.mark.parametrize("label", README)
+def test_the_readme_has_the_rivals_numbers_of_the_committed_result(label):
+    rows = json.loads((ROOT / "results/rivals/flows.json").read_text())["rows"]
+    rows = {row["preset"]: row for row in rows if (row["key"], row["part"]) == README[label]}
+    values = [rows[f"mnist-open-{name}"]["ours"] if f"mnist-open-{name}" in rows else None for name in COLUMNS]
+    chance = rows["mnist-open-tvae"]["chance"]  # of all models, but for the last bits
+    texts = ["" if x is None else f"{x:,.1f}" for x in (chance, *values)]
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("results/rivals/flows.json")[-1]
+    line = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", page, re.MULTILINE)
+    assert [text.strip() for text in line[1].split("|")] == texts

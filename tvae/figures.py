@@ -137,8 +137,8 @@ def draw_panels(columns: list[list[Panel]]) -> Figure:
 
 
 def _width(label: str) -> float:
-    """Return the inches that a label takes: 7-point letters, of which 20 take less than one."""
-    return len(re.sub(r"[$_]", "", label)) / 20 + _MARGIN
+    """Return the inches that a label takes: 7-point letters, of which 16 take less than one, if they are wide."""
+    return len(re.sub(r"[$_]", "", label)) / 16 + _MARGIN
 
 
 def mosaic(images: Float[Tensor, "row frame height width channel"]) -> Float[Tensor, "y x channel"]:

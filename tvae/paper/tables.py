@@ -170,14 +170,20 @@ def to_markdown(results: Results) -> str:
 
 
 def _alike_once(lines: Sequence[Line]) -> Iterator[Line]:
-    """Give what is the same for all models, such as the levels of a source, once for all."""
-    for _, group in groupby(lines, lambda line: (line.key, line.part)):
+    """Give what is the same for all models of the same data, such as the levels of a source, once for all."""
+    for _, group in groupby(lines, lambda line: (line.key, line.part, _data_of(line))):
         first, *others = group
         numbers = (first.ours, first.chance, first.untrained)
         if others and all((line.ours, line.chance, line.untrained) == numbers for line in others):
-            yield replace(first, description="all")
+            yield replace(first, description=f"{_data_of(first)}all")
         else:
             yield from (first, *others)
+
+
+def _data_of(line: Line) -> str:
+    """Return what a description says of the data before it describes the model."""
+    data, colon, _ = line.description.rpartition(": ")
+    return data + colon
 
 
 def _text(length: Fraction | None) -> str:
