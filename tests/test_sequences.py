@@ -203,9 +203,10 @@ def test_selected_sequences_are_a_batch_of_their_own():
     assert_same(SequenceBatch(parts[0]).select([2]), SequenceBatch(parts[0][[2]]))
 
 
-def test_of_a_source_without_factors_a_batch_holds_images_alone():
-    batch = SequenceStream(Bare(), 10, seed=3)[1]
-    assert_same(batch, SequenceBatch(batch.images, total=10))
+def test_of_a_source_without_factors_a_batch_holds_images_and_examples_alone():
+    stream = SequenceStream(Bare(), 10, seed=3)
+    batch = stream[1]
+    assert_same(batch, SequenceBatch(batch.images, example=stream.draw(1)[0], total=10))
     assert batch.images.shape == (10, 6, 1, 1, 1)
     assert numbers(batch) != numbers(SequenceStream(Bare(), 10, seed=3)[0])
 
@@ -214,8 +215,9 @@ def test_of_a_source_without_factors_a_batch_holds_images_alone():
 def test_a_source_without_transformations_stands_still(combined, monkeypatch):
     monkeypatch.setattr(Still, "combined", combined)
     assert Still().transformations == {}
-    _, factors, *unknown = SequenceStream(Still(), 10, seed=3)[1]
-    assert unknown == [None, None, None, 0, 10]
+    _, factors, *unknown, example, first, total = SequenceStream(Still(), 10, seed=3)[1]
+    assert unknown == [None, None, None]
+    assert (len(example), first, total) == (10, 0, 10)
     assert torch.equal(factors, factors[:, :1].expand(-1, 6, -1))
     assert len(factors[:, 0].unique(dim=0)) > 3  # but starts anywhere
 

@@ -18,6 +18,7 @@ from .mnist import (
     MNISTRotationHueSequences,
     MNISTSequences,
 )
+from .posed import MNISTPosedSequences, MNISTScaledSequences, MNISTShiftedSequences, MNISTTurningSequences
 from .rooms import RoomSequences
 from .sequences import (
     EVALUATION_SEED,
@@ -99,6 +100,10 @@ for _source in (
     MNISTOpenSequences,
     MNISTOpenSeenSequences,
     MNISTOpenUnseenSequences,
+    MNISTPosedSequences,
+    MNISTShiftedSequences,
+    MNISTScaledSequences,
+    MNISTTurningSequences,
     RoomSequences,
     Shapes3DSequences,
 ):

@@ -49,7 +49,7 @@ class MNISTSequences(SequenceSource):
         angle = torch.tensor(self.factors[0].values, dtype=torch.float64, device="cpu").deg2rad()
         self._cos, self._sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)
         self._scale = torch.tensor(self.factors[1].values, dtype=torch.float32, device=self.device)
-        hue = self.factors[-1].values
+        hue = next((factor.values for factor in self.factors if factor.name == "hue"), ())
         colours = [colorsys.hsv_to_rgb(h / 360, 1.0, 1.0) for h in hue]
         self._colour = torch.tensor(colours, dtype=torch.float32, device=self.device)
 
@@ -72,7 +72,7 @@ class MNISTSequences(SequenceSource):
         colour of hue h, full saturation and value g, which is g times the colour of value 1: a product.
         """
         x, y = self._origins(*factors[..., :-1, None, None].unbind(2))
-        frames = _sample(self.images[examples].float() / 255, x, y)
+        frames = sampled(self.images[examples].float() / 255, x, y)
         return frames[:, :, None] * self._colour[factors[..., -1]][..., None, None]
 
     def _pixels(self) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,12 @@ class MNISTSequences(SequenceSource):
 
     def _origins(self, rotation: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Find where in the digit each pixel of a frame comes from, x and y (B, S, 28, 28), at poses (B, S, 1, 1)."""
+        return self._turned_back(*self._pixels(), rotation, scale)
+
+    def _turned_back(self, x: Tensor, y: Tensor, rotation: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Find where in the digit points x, y of a frame come from, at poses (B, S, 1, 1)."""
         # The inverse rotation (y points down), about the centre, over the scale. Written out, because the matrix
         # product in affine_grid would round by batch size, threads and TF32 settings.
-        x, y = self._pixels()
         cos, sin = self._cos[rotation] / self._scale[scale], self._sin[rotation] / self._scale[scale]
         return cos * x - sin * y, sin * x + cos * y
 
@@ -181,7 +184,7 @@ class MNISTDigits(MNISTSequences):
         return (self.images[examples].float() / 255)[:, None, None]
 
 
-def _sample(digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def sampled(digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Sample the digits (B, 28, 28) at the points x, y (B, S, 28, 28), bilinear, zeros outside."""
     # The frames of a sequence are sampled as one tall image, so that its digit need not be copied for each.
     grid = torch.stack((x, y), dim=-1).flatten(1, 2)

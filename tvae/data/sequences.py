@@ -40,12 +40,13 @@ class SequenceBatch(NamedTuple):
     transformation: Tensor | None = None  # (B,) int64: which factor advances (the first, where several do)
     axis: Tensor | None = None  # (B,) int64: its number among the source's transformations
     label: Tensor | None = None  # (B,) int64: class of the example, which no sequence changes
+    example: Tensor | None = None  # (B,) int64: number of the example in its source
     first: int = 0  # number of the first of these sequences in the whole batch
     total: int | None = None  # sequences of the whole batch; None where this is all of it
 
     def select(self, indices: list[int] | Tensor) -> SequenceBatch:
         """Take some of the sequences, as a batch of their own."""
-        return SequenceBatch(*(None if x is None else x[indices] for x in self[:5]))
+        return SequenceBatch(*(None if x is None else x[indices] for x in self[:6]))
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SequenceSource(ABC):
     factors: tuple[Factor, ...] = ()
     classes: tuple[str, ...] = ()  # what the labels stand for
     open_paths: ClassVar[bool] = False  # what advances starts at index 0, whatever `starts` say, and never comes round
+    clustered: ClassVar[bool] = False  # models are asked what class an example is of, whatever its poses
     combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
     capturable: ClassVar[bool] = True  # `render` computes on the device alone, so that a CUDA graph can hold it
     files: ClassVar[str | None] = None  # folder of the cache that holds what the source reads; None if it reads nothing
@@ -119,6 +121,10 @@ class SequenceSource(ABC):
         """Return the classes (B,) of the examples (B,) at the factors (B, S, F), all on the CPU; None without any."""
         return None
 
+    def canonical(self, examples: Tensor) -> Tensor | None:
+        """Return the images (B, channel, height, width) of examples (B,) in no pose, on the device; None without."""
+        return None
+
     def sequences(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> SequenceBatch:
         """Render sequences from the starts (B, F), in which the factor `transformation` (B,) advances by one a frame.
 
@@ -131,10 +137,10 @@ class SequenceSource(ABC):
         return SequenceBatch(self.render(examples.to(self.device), factors), factors if self.factors else None, *known)
 
     def describe(self, examples: Tensor, starts: Tensor, transformation: Tensor) -> tuple[Tensor, Tensor | None, ...]:
-        """Return all of a batch but its images, on the CPU: factors, transformation, axis and label."""
+        """Return all of a batch but its images, on the CPU: factors, transformation, axis, label and example."""
         factors = self.advance(starts, transformation)
         kind = (transformation, self.axis(transformation)) if self.transformations else (None, None)
-        return factors, *kind, self.label(examples, factors)
+        return factors, *kind, self.label(examples, factors), examples
 
     def axis(self, transformation: Tensor) -> Tensor:
         """Return the numbers (B,) of transformations (B,) among those of the source, from 0; on the CPU."""
