@@ -1,8 +1,9 @@
 """Models of sequences of images, by name: the Topographic VAE and what it is compared with."""
 
 from ..settings import settings
-from .base import ELBO, MODELS, ModelSettings, SequenceModel, find, model_of, register
+from .base import ELBO, MODELS, Identified, ModelSettings, SequenceModel, find, model_of, register
 from .beta_vae import BetaVAE
+from .cluster_vae import ClusterVAE
 from .factor_vae import FactorVAE
 from .flow_vae import FlowVAE
 from .likelihoods import Bernoulli, Gaussian, Likelihood
@@ -20,9 +21,11 @@ __all__ = [
     "Bernoulli",
     "BetaVAE",
     "BubbleVAE",
+    "ClusterVAE",
     "FactorVAE",
     "FlowVAE",
     "Gaussian",
+    "Identified",
     "Likelihood",
     "ModelSettings",
     "PoFlow",
@@ -38,5 +41,5 @@ __all__ = [
 
 load = SequenceModel.load
 
-for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE, WeakFlowVAE, PoFlow):
+for _model in (TVAE, BubbleVAE, VAE, BetaVAE, FactorVAE, SlowVAE, FlowVAE, WeakFlowVAE, PoFlow, ClusterVAE):
     register(_model)

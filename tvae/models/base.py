@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -51,6 +52,16 @@ class ELBO(NamedTuple):
         """Subtract a penalty from the objective, in nats a frame, and log it and other `terms`; the bound stays."""
         terms = {**self.terms, **terms, "penalty": penalty}
         return ELBO(self.total, terms, self.objective - penalty, self.t, self.axis)
+
+
+class Identified(NamedTuple):
+    """What a model says of the examples that frames show, apart from their poses, for models that can."""
+
+    cluster: Int[Tensor, "batch time"]  # the class, in numbers of the model's own from 0
+    clusters: int  # how many there are
+    code: Float[Tensor, "batch time number"]  # what does not change with the pose
+    angle: Frames  # of the pose, in degrees, counter-clockwise from a zero of the cluster's own
+    canonical: Images  # the example in that pose
 
 
 @settings
@@ -92,7 +103,7 @@ class SequenceModel(nn.Module):
 
     name: ClassVar[str]
     Settings: ClassVar[type[ModelSettings]] = ModelSettings
-    rolls: Neighborhood  # how capsules move
+    rolls: Neighborhood | None  # how capsules move; None if they do not
     shares_latents: ClassVar[bool] = False  # frames of a sequence are decoded from latent variables of other frames
     one_process: ClassVar[bool] = False  # training needs all sequences of a batch in one place
     unconstrained: ClassVar[tuple[str, ...]] = ()  # networks whose weights the setting `weights` leaves free

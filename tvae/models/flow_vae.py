@@ -21,7 +21,7 @@ from torch.distributions import Normal
 from ..data import SequenceBatch, SequenceSource
 from ..settings import Count, Number, settings
 from .base import ELBO
-from .layers import STANDARD_NORMAL, Axis, Capsules, Frames, Images, Mix, kl_from_prior
+from .layers import STANDARD_NORMAL, Axis, Capsules, Frames, Images, Mix, exact, kl_from_prior
 from .potentials import Derivatives, Potentials, Values
 from .vae import VAE
 
@@ -285,8 +285,3 @@ def at_first(x: Float[Tensor, "batch 1"], frames: int) -> Frames:
 def log_ratio(z: Capsules, q: Normal) -> Frames:
     """Sum `log p(z) - log q(z|x)` over the latent variables of every frame, in nats."""
     return (STANDARD_NORMAL.log_prob(z) - q.log_prob(z)).sum((-2, -1))
-
-
-def exact(x: Tensor) -> torch.autocast:
-    """Compute meanwhile in the type of the numbers: bfloat16 would let errors of a path's steps add up."""
-    return torch.autocast(x.device.type, enabled=False)

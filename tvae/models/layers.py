@@ -72,6 +72,11 @@ def kl_from_prior(q: Normal) -> Frames:
     return kl_divergence(q, STANDARD_NORMAL).sum((-2, -1))
 
 
+def exact(x: Tensor) -> torch.autocast:
+    """Compute meanwhile in the type of the numbers: errors of bfloat16 would add up along a path, or move pixels."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def folded(x: Tensor, steps: int, before: int) -> Frames:
     """Add what frames beyond both ends of a sequence have, `(B, before + S + after)`, to its first and last frame."""
     if x.shape[1] == steps:

@@ -12,6 +12,8 @@ from torch.distributions import Normal
 
 from .layers import Frames, Images
 
+_DARKEST = 1e-5  # probability of a pixel, whose logit is finite
+
 
 class Bernoulli(NamedTuple):
     """Pixels as Bernoulli variables whose logits the decoder gives; grey values count as probabilities."""
@@ -34,6 +36,10 @@ class Bernoulli(NamedTuple):
     def mean(self, decoded: Images) -> Images:
         """Return the expected image, in [0, 1]."""
         return torch.sigmoid(decoded)
+
+    def inverted(self, mean: Tensor) -> Tensor:
+        """Return what is decoded where the expected image is `mean`; of black and white, what is nearly so."""
+        return mean.clamp(_DARKEST, 1 - _DARKEST).logit()
 
     def chance(self, mean: Tensor, mean_square: Tensor) -> float:
         """Return the mean log-likelihood of frames, in nats, under the best single image, which has their means."""
@@ -62,6 +68,10 @@ class Gaussian(NamedTuple):
     def mean(self, decoded: Images) -> Images:
         """Return the expected image."""
         return decoded
+
+    def inverted(self, mean: Tensor) -> Tensor:
+        """Return what is decoded where the expected image is `mean`."""
+        return mean
 
     def chance(self, mean: Tensor, mean_square: Tensor) -> float:
         """Return the mean log-likelihood of frames, in nats, under the best single image, which has their means."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..data import SequenceBatch
 from ..settings import settings
 from .base import ELBO
-from .flow_vae import FlowSettings, PotentialFlow, exact, log_ratio
-from .layers import Axis, kl_from_prior
+from .flow_vae import FlowSettings, PotentialFlow, log_ratio
+from .layers import Axis, exact, kl_from_prior
 
 
 @settings

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..data import SequenceBatch, SequenceSource
 from ..settings import Count, settings
 from .base import ELBO
-from .flow_vae import FlowSettings, FlowVAE, above_zero, at_first, exact, log_ratio
-from .layers import MLP, Axis, Capsules, Frames, Images, Mix, kl_from_prior
+from .flow_vae import FlowSettings, FlowVAE, above_zero, at_first, log_ratio
+from .layers import MLP, Axis, Capsules, Frames, Images, Mix, exact, kl_from_prior
 
 _RECOGNISER = 256  # hidden units of the network that recognises transformations
 _HOTTEST = 10.0  # temperature that flows share sequences at when training starts
