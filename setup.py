@@ -25,6 +25,8 @@ setup(
             "lightning-fabric>=2.4",
             "torchmetrics>=1.5",
             "scipy>=1.11",
+            "scikit-learn>=1.4",
+            "threadpoolctl>=3",
             "safetensors>=0.4",
             "tensorboard>=2.17",
             "matplotlib>=3.8",

@@ -7,6 +7,7 @@ best single image for likelihoods, and the best of each frame index for what is 
 
 from .base import METRICS, EvaluationMetric, Row, register
 from .capcorr import CapCorr, observed_roll, roll_since_canonical
+from .clustering import Clustering
 from .correlation import ActiveUnits, TotalCorrelation
 from .equivariance import PLAIN, EquivarianceError, equivariance_error
 from .fits import FittedMotions, fit_motions
@@ -14,6 +15,7 @@ from .flows import Folds
 from .likelihood import BestSingleImage, ELBOTerms, LogLikelihood, log_likelihood
 from .mixing import Superposing, Switching
 from .motion import MovedLikelihood, PixelError, PixelErrors
+from .poses import Poses
 from .recognition import TransformationAccuracy
 from .vp import VPScore
 
@@ -23,6 +25,7 @@ __all__ = [
     "ActiveUnits",
     "BestSingleImage",
     "CapCorr",
+    "Clustering",
     "ELBOTerms",
     "EquivarianceError",
     "EvaluationMetric",
@@ -32,6 +35,7 @@ __all__ = [
     "MovedLikelihood",
     "PixelError",
     "PixelErrors",
+    "Poses",
     "Row",
     "Superposing",
     "Switching",
@@ -58,6 +62,8 @@ for _metric in (
     TransformationAccuracy,
     Folds,
     VPScore,
+    Clustering,
+    Poses,
     TotalCorrelation,
     ActiveUnits,
 ):

@@ -49,6 +49,10 @@ TERMS = {
     "kl_z": "KL z",
     "kl_u": "KL u",
     "kl_k": "KL k",
+    "kl_c": "KL z_c",
+    "kl_v": "KL z_v",
+    "kl_pose": "KL pose",
+    "kl_start": "KL start",
 }  # what they are called for people
 
 

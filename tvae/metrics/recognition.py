@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
@@ -12,6 +11,7 @@ from ..config import EvaluationSettings
 from ..data import SequenceBatch, SequenceSource
 from ..models import ELBO, SequenceModel
 from .base import EvaluationMetric, Row, private_generator
+from .clustering import accuracy, counts
 
 _DRAWS = 100  # of random labels
 
@@ -69,9 +69,7 @@ class TransformationAccuracy(EvaluationMetric):
 
     def _accuracy(self, inferred: Tensor, axis: Tensor) -> float:
         labels = max(self.transformations, int(inferred.max()) + 1)
-        counts = torch.bincount(axis * labels + inferred, minlength=self.transformations * labels)
-        counts = counts.view(self.transformations, labels).numpy()
-        return counts[linear_sum_assignment(counts, maximize=True)].sum().item() / len(axis)
+        return accuracy(counts(inferred, axis, labels, self.transformations))
 
     def rows(self) -> list[Row]:
         """Return one row."""
