@@ -74,6 +74,7 @@ def test_rivals_and_what_is_compared_with_them_differ_in_the_model_alone():
             assert config.model_class.name == name.split("-")[1]
 
 
+CLUSTERS = [name for name in PRESETS if name.startswith(("mnist-posed", "mnist-turning"))]
 FLOWS = [name for name in PRESETS if name.startswith(("mnist-open", "rooms"))]
 
 
@@ -94,6 +95,18 @@ def test_models_on_open_paths_are_of_one_size_and_trained_alike():
                 assert config.model.neighborhood == Neighborhood(5, 3, time_boundary="zero")
 
 
+def test_models_of_clusters_have_the_data_of_their_group():
+    for data, group, size in (("", "SO(2)", 15), ("-shift", "SE(2)", 17), ("-scale", "Sim(2)", 18)):
+        config = PRESETS[f"mnist-posed{data}-clustervae"].config
+        assert config.data.name == f"mnist-posed{data}"
+        assert (config.model.group, config.model.capsules, config.model.capsule_dim) == (group, 1, size)
+        assert config.training == TrainingSettings("adam", 1e-3, batch_size=32, steps=20_000)
+        assert PRESETS[f"mnist-posed{data}-clustervae"].description == f"ClusterVAE, {group}"
+    assert PRESETS["mnist-turning-tvae"].config.model == TVAE.Settings(18, 18, neighborhood=Neighborhood(13, 3))
+    assert {PRESETS[name].config.training.batch_size for name in CLUSTERS if "turning" in name} == {16}
+    assert len(CLUSTERS) == 7
+
+
 def test_ablations_change_one_thing():
     flow = PRESETS["mnist-open-flowvae"].config
     for option, change in (
@@ -112,7 +125,7 @@ def test_ablations_change_one_thing():
 
 
 def test_few_presets_have_names_of_another_form():
-    assert set(PRESETS) - set(NAMED) - set(COMPARED) - set(FLOWS) == {
+    assert set(PRESETS) - set(NAMED) - set(COMPARED) - set(FLOWS) - set(CLUSTERS) == {
         DEFAULT_PRESET,
         "mnist-still-tvae-torus",
         "sprites-shifts-tvae-axes",
@@ -125,7 +138,7 @@ def test_few_presets_have_names_of_another_form():
     }
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(RIVALS) - set(FLOWS)))
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - set(RIVALS) - set(FLOWS) - set(CLUSTERS)))
 def test_older_configurations_are_read_as_what_they_are_now(name):
     config = PRESETS[name].config
     older = json.dumps(flat(config), default=str)

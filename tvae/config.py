@@ -37,8 +37,9 @@ class DataSettings:
     """Sequences to train on: our own sprites (no files needed), of which one factor advances, or one of x and y; the
     real dSprites; MNIST digits, of which one factor advances, or rotation and hue together, or perspective and hue
     together; still digits; digits on open paths, of which one factor advances and does not come round, and of these 0
-    to 7 alone, or 8 and 9; our own rooms (no files needed), in the manner of 3D Shapes, on open paths; or the real 3D
-    Shapes on the same."""
+    to 7 alone, or 8 and 9; digits in pairs of poses, turned, or shifted and scaled as well, and digits that turn once
+    around, whose classes shall be found; our own rooms (no files needed), in the manner of 3D Shapes, on open paths; or
+    the real 3D Shapes on the same."""
     evaluation: Annotated[str | None, tyro.conf.arg(name="evaluation-data")] = None
     """Sequences to evaluate on, where they are not of the same kind."""
     folder: Annotated[Path | None, tyro.conf.arg(name="data-dir")] = None

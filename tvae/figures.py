@@ -26,6 +26,8 @@ from .models.layers import Mix
 
 FIGURE_SEED = 7
 _GREYED = 0.25  # visibility of frames that t_0 does not see
+_OF_A_CLUSTER = 4  # sequences shown
+_CELL = 0.3  # inches
 _FRAME, _LABELS, _TITLE, _MARGIN = 0.36, 1.0, 0.22, 0.08  # inches
 
 
@@ -102,6 +104,58 @@ def comparison(models: dict[str, SequenceModel], source: SequenceSource, each: i
     """Draw what models, by name, make of the same sequences, `each` of every transformation of the source."""
     batch = some_of_each(source, each)
     return draw_panels([comparison_panels(models, batch, titles_of(source, batch))])
+
+
+@torch.no_grad()
+def cluster_panels(model: SequenceModel, batches: Iterable[SequenceBatch], titles: dict[int, str]) -> list[Panel]:
+    """Make a panel for each of some clusters: its first sequences, frame by frame, and what the model makes of them.
+
+    Rows: input, reconstruction, and the canonical image, which should look alike in all poses of an example.
+
+    Args:
+        model: one that says what it identifies.
+        batches: where sequences are taken from, each of the cluster of its frame 0.
+        titles: the numbers of the clusters, in order, and the titles of their panels.
+
+    """
+    model.eval()
+    shown = {cluster: [] for cluster in titles}
+    for batch in batches:
+        found = model.identified(batch)
+        rows = (
+            torch.stack((batch.images, model.reconstruct(batch), found.canonical), 1).clamp(0, 1).movedim(3, -1).cpu()
+        )
+        for cluster, images in zip(found.cluster[:, 0].tolist(), rows, strict=True):
+            if len(shown.get(cluster, range(_OF_A_CLUSTER))) < _OF_A_CLUSTER:
+                shown[cluster].append(images)
+    labels = ("input", "reconstruction", "canonical")
+    return [Panel(titles[cluster], labels, torch.cat(x, 1)) for cluster, x in shown.items() if x]
+
+
+def add_confusion(figure: Figure, tables: dict[str, tuple[np.ndarray, list[int]]], classes: tuple[str, ...]) -> None:
+    """Add to the right of a figure, from top to bottom, how many examples of each class are in each cluster.
+
+    Args:
+        figure: what is there already.
+        tables: by title, the counts (class, cluster) and the numbers of the clusters.
+        classes: their names.
+
+    """
+    width, height = figure.get_size_inches()
+    for i, (title, (counts, clusters)) in enumerate(tables.items()):
+        rows, columns = (_CELL * n for n in counts.shape)
+        top = height - _LABELS - i * (_CELL * len(classes) + 2 * _LABELS)
+        axes = figure.add_axes((1 + _LABELS / width, (top - rows) / height, columns / width, rows / height))
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
+        axes.imshow(shares, cmap="gray_r", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            color = "w" if shares[row, column] > 0.5 else "k"
+            axes.text(column, row, int(count), ha="center", va="center", fontsize=6, color=color)
+        axes.set_title(title, fontsize=8)
+        axes.set_xticks(range(len(clusters)), [str(cluster) for cluster in clusters], fontsize=7)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7)
+        axes.set_xlabel("cluster", fontsize=8)
+        axes.set_ylabel("class", fontsize=8)
 
 
 def titles_of(source: SequenceSource, batch: SequenceBatch) -> list[str]:

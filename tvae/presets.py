@@ -17,6 +17,7 @@ from .models import (
     VAE,
     BetaVAE,
     BubbleVAE,
+    ClusterVAE,
     FactorVAE,
     FlowVAE,
     ModelSettings,
@@ -24,6 +25,7 @@ from .models import (
     SlowVAE,
     WeakFlowVAE,
 )
+from .models.group import DIMENSIONS
 
 DEFAULT_PRESET = "quickstart"
 
@@ -210,8 +212,40 @@ def _add_ablations() -> None:
             _add(name, DataSettings("mnist-open-seen", evaluation=data), config.model, config.training, text)
 
 
-def _add(name: str, data: DataSettings, model: ModelSettings, training: TrainingSettings, text: str = "") -> None:
-    config = Config(data, model, training)
+_POSED = {"mnist-posed": "SO(2)", "mnist-posed-shift": "SE(2)", "mnist-posed-scale": "Sim(2)"}  # data of each group
+_CODED, _VARIED = 10, 3  # numbers of a class and of its variation
+_WARMED = 2000  # steps
+
+
+def _add_clusters() -> None:
+    """Add models of clusters and poses, and those whose representations k-means is taken of; all with Adam."""
+    evaluation = EvaluationSettings(sequences=5000)
+    training = TrainingSettings("adam", 1e-3, batch_size=32, steps=20_000)
+    for data, group in _POSED.items():
+        size = _CODED + _VARIED + DIMENSIONS[group] + 1
+        model = ClusterVAE.Settings(1, size, group=group, code=_CODED, warm_steps=_WARMED)
+        _add(f"{data}-clustervae", DataSettings(data), model, training, group, evaluation)
+    training = replace(training, learning_rate=_ADAM["learning_rate"])
+    _add("mnist-posed-vae", DataSettings("mnist-posed"), VAE.Settings(18, 18), training, evaluation=evaluation)
+    training, evaluation = replace(training, batch_size=16), EvaluationSettings(sequences=2000)
+    for model, values in (
+        (VAE, {}),
+        (TVAE, {"neighborhood": Neighborhood(13, 3)}),
+        (FlowVAE, {"transformations": 1}),
+    ):
+        name, data = f"mnist-turning-{model.name}", DataSettings("mnist-turning")
+        _add(name, data, model.Settings(18, 18, **values), training, evaluation=evaluation)
+
+
+def _add(
+    name: str,
+    data: DataSettings,
+    model: ModelSettings,
+    training: TrainingSettings,
+    text: str = "",
+    evaluation: EvaluationSettings | None = None,
+) -> None:
+    config = Config(data, model, training, evaluation or EvaluationSettings())
     PRESETS[name] = Preset(config, ", ".join(filter(None, (describe(config), text))))
 
 
@@ -223,3 +257,4 @@ _add_topographies()
 _add_baselines()
 _add_flows()
 _add_ablations()
+_add_clusters()

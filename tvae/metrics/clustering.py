@@ -41,6 +41,11 @@ def counts(found: Labels, label: Labels, clusters: int, classes: int) -> Int[Ten
     return torch.bincount(label * clusters + found, minlength=classes * clusters).view(classes, clusters)
 
 
+def assigned(table: Int[Tensor, "class cluster"]) -> list[int]:
+    """Return the clusters of the classes, or of as many as there are clusters, under the best one-to-one assignment."""
+    return linear_sum_assignment(table.numpy(), maximize=True)[1].tolist()
+
+
 def accuracy(table: Int[Tensor, "class cluster"]) -> float:
     """Return the share of examples that are in the cluster of their class, under the best one-to-one assignment."""
     table = table.numpy()
@@ -85,8 +90,8 @@ class Clustering(EvaluationMetric):
     """Accuracy, NMI, ARI and number of used clusters: of a model's own clusters of frame 0, and of k-means.
 
     k-means, as many means as there are classes, is taken of the most typical capsules `t`: their mean over frames; of
-    the same averaged over all rolls; of `t_0` and of `t_0` averaged; of the pixels of frame 0; and of those of the
-    examples in no pose, where the source has them. Chance: random labels for the same examples, as many as there are
+    the same averaged over all rolls; of `t_0` and of `t_0` averaged; of canonical images, where the model has them; of
+    the pixels of frame 0; and of those of the examples in no pose, where the source has them. Chance: random labels for the same examples, as many as there are
     clusters; a mean over seeded draws.
 
     Args:
@@ -103,7 +108,7 @@ class Clustering(EvaluationMetric):
         self.source, self.classes = source, len(source.classes)
         self.rolls = rolls if come_round(rolls) else None
         self.clusters = 0  # of the model's own
-        for state in ("label", "own", "capsules", "first", "pixels", "upright"):
+        for state in ("label", "own", "capsules", "first", "canonical", "pixels", "upright"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     @classmethod
@@ -123,6 +128,7 @@ class Clustering(EvaluationMetric):
             found = model.identified(batch)
             self.clusters = found.clusters
             self.own.append(found.cluster[:, 0])
+            self.canonical.append(found.canonical[:, 0].flatten(1))
 
     def update(self, batch: SequenceBatch, t: Capsules) -> None:
         """Add the sequences of a batch, and their capsules."""
@@ -142,10 +148,8 @@ class Clustering(EvaluationMetric):
             found[name] = t.flatten(1)
             if self.rolls is not None:
                 found[f"{name}, rolls averaged"] = averaged(t, self.rolls).flatten(1)
-        found["k-means on pixels"] = dim_zero_cat(self.pixels)
-        if self.upright:
-            found["k-means on upright pixels"] = dim_zero_cat(self.upright)
-        return found
+        images = {"canonical images": self.canonical, "pixels": self.pixels, "upright pixels": self.upright}
+        return found | {f"k-means on {name}": dim_zero_cat(state) for name, state in images.items() if state}
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Return the scores by what was clustered; NaN where it is not finite, or of fewer examples than classes."""

@@ -17,8 +17,9 @@ import torch
 from matplotlib.figure import Figure
 
 from .. import figures
-from ..data import EVALUATION_SEED, FixedSequences, SequenceSource
+from ..data import EVALUATION_SEED, FixedSequences, SequenceBatch, SequenceSource
 from ..metrics import Superposing, Switching
+from ..metrics.clustering import SCORES, assigned, counts
 from ..models import SequenceModel
 from ..presets import PRESETS
 from ..training import Run
@@ -135,6 +136,49 @@ def draw_mixed(results: Results, jobs: list[Job], device: torch.device) -> Figur
             column += figures.comparison_panels(models, batch.select([0]), [title], mix[:1])
         columns.append(column)
     return figures.draw_panels(columns)
+
+
+def draw_clusters(results: Results, jobs: list[Job], device: torch.device) -> Figure:
+    """Draw what is in the clusters of every model that has any, with the first seed, and which classes that are.
+
+    The cluster that belongs to a class under the best assignment stands in its place.
+    """
+    columns, tables, classes = [], {}, ()
+    for job in _with_first_seed(jobs):
+        model, source = _model_and_source(job, device)
+        if not hasattr(model, "identified"):
+            continue
+        sequences = min(job.config.evaluation.sequences, len(source))
+        batches = FixedSequences.take(source, sequences, job.config.training.batch_size).batches
+        table, order = _confusion(model.eval(), batches, source)
+        name, classes = PRESETS[job.preset].description, source.classes
+        tables[name] = table[:, order].numpy(), order
+        columns.append(figures.cluster_panels(model, batches, _cluster_titles(name, table, order, classes)))
+    figure = figures.draw_panels(columns)
+    figures.add_confusion(figure, tables, classes)
+    return figure
+
+
+@torch.no_grad()
+def _confusion(
+    model: SequenceModel, batches: list[SequenceBatch], source: SequenceSource
+) -> tuple[torch.Tensor, list[int]]:
+    """Return how many of each class are in each cluster, (class, cluster), and the clusters in the order of classes."""
+    found = [model.identified(batch) for batch in batches]
+    clusters, label = (torch.cat(x).cpu() for x in ([x.cluster[:, 0] for x in found], [b.label for b in batches]))
+    table = counts(clusters, label, found[0].clusters, len(source.classes))
+    order = assigned(table)
+    return table, order + [cluster for cluster in range(table.shape[1]) if cluster not in order]
+
+
+def _cluster_titles(name: str, table: torch.Tensor, order: list[int], classes: tuple[str, ...]) -> dict[int, str]:
+    """Say of each cluster which class most of it are, and what share."""
+    titles = {}
+    for cluster in order:
+        column = table[:, cluster]
+        share = column.max().item() / max(1, column.sum().item())
+        titles[cluster] = f"{name}: cluster {cluster}, {share:.0%} {classes[column.argmax()]}"
+    return titles
 
 
 def _by_data(jobs: list[Job]) -> dict[str, list[Job]]:
@@ -284,6 +328,8 @@ def _motion(*transformations: str) -> tuple[str | Metric, ...]:
     return ("log_likelihood", *errors, ("moved_likelihood", None), "vp_score", "transformation_accuracy")
 
 
+_K_MEANS = ("k-means", "k-means on canonical images", "k-means on pixels", "k-means on upright pixels")
+_SCORES, _ON, _ROLLS = ("ACC", "NMI"), (" on t_0", ""), ("", ", rolls averaged")
 _SAME_SIZES = (
     "All models have the same networks, as many latent variables, Adam at 5e-4, batches, steps and seed: the objective "
     "alone differs. No number is printed here as published, for none was found."
@@ -356,6 +402,35 @@ EXHIBITS: dict[str, Exhibit] = {
         ),
         draw_comparison,
         (*_motion("rotation", "scale", "hue"), "folds"),
+    ),
+    "clusters": Exhibit(
+        "Clusters and poses on MNIST: the ClusterVAE for three groups, and k-means on what other models encode",
+        _figure(
+            *(f"mnist-posed{data}-clustervae" for data in ("", "-shift", "-scale")),
+            "mnist-posed-vae",
+            *(f"mnist-turning-{model}" for model in ("vae", "tvae", "flowvae")),
+        ),
+        draw_clusters,
+        (
+            ("log_likelihood", "bound"),
+            *(("clustering", score) for score in SCORES),
+            *(("clustering", f"{score}, {name}") for name in _K_MEANS for score in ("ACC", "NMI", "ARI")),
+            *(("poses", name) for name in ("invariance error", "pose error", "canonical likelihood")),
+        ),
+        "Clusters are of frame 0; k-means on what a model encodes is of its mean over frames, which are 2 poses of "
+        "mnist-posed and a whole turn of mnist-turning. No number is printed here as published, for none was found.",
+    ),
+    "invariance": Exhibit(
+        "Does equivariance buy invariance? Capsules of digits that turn once around, as they are and over their rolls",
+        _figure(*(f"mnist-turning-{model}" for model in ("vae", "flowvae", "tvae"))),
+        draw_comparison,
+        (
+            ("equivariance_error", None),
+            *(("poses", f"invariance error of t{part}") for part in _ROLLS),
+            *(("clustering", f"{score}, k-means{on}{part}") for on in _ON for part in _ROLLS for score in _SCORES),
+            *(("clustering", f"{score}, {name}") for name in _K_MEANS[2:] for score in _SCORES),
+        ),
+        "t_0 has seen the frames of its window. The invariance error compares opposite poses.",
     ),
     "covariance": Exhibit(
         "Covariance of squared activations, within and between capsules",
