@@ -66,9 +66,9 @@ def scores(found: Labels, label: Labels, clusters: int, classes: int) -> dict[st
 
 def k_means(x: Float[Tensor, "example number"], clusters: int) -> Labels:
     """Return the clusters of k-means: the best of 10 seeded starts, whatever the scale and place of the numbers."""
-    x = x.double().cpu()
+    x = x.detach().double().cpu()
     x = x - x.mean(0)
-    x = (x / scale_of(x)).float().numpy()
+    x = (x / scale_of(x.flatten())).float().numpy()
     means = KMeans(clusters, n_init=_STARTS, random_state=EVALUATION_SEED)
     # In one thread, for sums that several share have another order every time.
     with threadpool_limits(1), warnings.catch_warnings():
@@ -82,8 +82,11 @@ def averaged(t: Capsules, rolls: Neighborhood) -> Capsules:
 
 
 def come_round(rolls: Neighborhood | None) -> bool:
-    """Say whether capsules roll, and what leaves them at one end comes back at the other."""
-    return rolls is not None and rolls.capsule_boundary == "circular"
+    """Say whether capsules roll by whole positions, and what leaves them at one end comes back at the other."""
+    if rolls is None or rolls.capsule_boundary != "circular":
+        return False
+    shift = rolls.shift if rolls.is_multidimensional else (rolls.shift,)
+    return all(isinstance(positions, int) for positions in shift)
 
 
 class Clustering(EvaluationMetric):
@@ -91,8 +94,8 @@ class Clustering(EvaluationMetric):
 
     k-means, as many means as there are classes, is taken of the most typical capsules `t`: their mean over frames; of
     the same averaged over all rolls; of `t_0` and of `t_0` averaged; of canonical images, where the model has them; of
-    the pixels of frame 0; and of those of the examples in no pose, where the source has them. Chance: random labels for the same examples, as many as there are
-    clusters; a mean over seeded draws.
+    the pixels of frame 0; and of those of the examples in no pose, where the source has them. Chance: random labels for
+    the same examples, as many as there are clusters; a mean over seeded draws.
 
     Args:
         source: of the examples.
