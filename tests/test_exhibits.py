@@ -11,7 +11,13 @@ import pytest
 import tiny
 import torch
 
+from tvae import evaluation
+from tvae.config import EvaluationSettings
+from tvae.data import FixedSequences, open_source
+from tvae.models import VAE, ClusterVAE
+from tvae.paper import exhibits
 from tvae.paper.exhibits import EXHIBITS, Exhibit, capcorr_series, shown_in
+from tvae.paper.runs import Job
 from tvae.paper.tables import CAPCORR, EQUIVARIANCE_ERROR, LOG_LIKELIHOOD, Line
 from tvae.presets import DEFAULT_PRESET, PRESETS
 
@@ -159,3 +165,50 @@ def test_the_readme_has_the_rivals_numbers_of_the_committed_result(label):
     page = (ROOT / "README.md").read_text(encoding="utf-8").split("results/rivals/flows.json")[-1]
     line = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", page, re.MULTILINE)
     assert [text.strip() for text in line[1].split("|")] == texts
+
+
+def test_clusters_stand_in_the_place_of_their_class(mnist_dir, monkeypatch):
+    source = open_source("mnist-posed", "test", mnist_dir)
+    torch.manual_seed(0)
+    model = ClusterVAE(source.image_shape, 1, 7, code=3, starts=2, units=8)
+
+    def identified(batch):  # the digits backwards, all but a 4, which are called 4 as the 5 are
+        cluster = torch.where(batch.label == 4, 4, 9 - batch.label)
+        return found(batch)._replace(cluster=cluster[:, None].expand(-1, 2))
+
+    found, model.identified = model.identified, identified
+    vae = VAE(source.image_shape, 2, 3)
+    monkeypatch.setattr(exhibits, "_model_and_source", lambda job, device: (models[job.preset], source))
+    models = {"mnist-posed-clustervae": model, "mnist-posed-vae": vae}
+    jobs = []
+    for preset in models:
+        config = replace(PRESETS[preset].config, evaluation=EvaluationSettings(20))
+        jobs.append(Job(preset, None, replace(config, training=replace(config.training, batch_size=10))))
+    figure = EXHIBITS["clusters"].draw(None, jobs, torch.device("cpu"))
+    *panels, confusion = figure.axes
+    assert [panel.get_title(loc="left") for panel in panels] == [
+        "ClusterVAE, SO(2): cluster 9, 100% 0",
+        "ClusterVAE, SO(2): cluster 8, 100% 1",
+        "ClusterVAE, SO(2): cluster 7, 100% 2",
+        "ClusterVAE, SO(2): cluster 6, 100% 3",
+        *(panel.get_title(loc="left") for panel in panels[4:5]),
+        *(f"ClusterVAE, SO(2): cluster {9 - digit}, 100% {digit}" for digit in range(6, 10)),
+    ]
+    assert panels[4].get_title(loc="left").startswith("ClusterVAE, SO(2): cluster 4, 50% ")
+    assert confusion.get_title() == "ClusterVAE, SO(2)"
+    table = torch.tensor([int(text.get_text()) for text in confusion.texts]).view(10, 10)
+    clusters = [int(tick.get_text()) for tick in confusion.get_xticklabels()]
+    assert sorted(clusters) == list(range(10))
+    assert table.sum() == 20
+    assert table.sum(1).tolist() == [2] * 10
+    assert table[4, clusters.index(4)] == table[5, clusters.index(4)] == 2
+
+
+def test_exhibits_of_clusters_report_what_is_measured(mnist_dir):
+    source = open_source("mnist-turning", "test", mnist_dir)
+    keys = {"clusters": ClusterVAE(source.image_shape, 1, 7, code=3, starts=2, units=8)}
+    keys["invariance"] = VAE(source.image_shape, 2, 3)
+    for name, model in keys.items():
+        rows = evaluation.evaluate(model, FixedSequences.take(source, 20, 20), EvaluationSettings(20, 1))
+        known = {(row.key, row.part) for row in rows}
+        assert set(EXHIBITS[name].reported) <= known

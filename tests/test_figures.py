@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from tvae import TVAE, VAE
-from tvae.data import SequenceBatch, SequenceSource, SequenceStream, open_source
+from tvae.data import FixedSequences, SequenceBatch, SequenceSource, SequenceStream, open_source
 from tvae.data.sprites import SpriteSequences
 from tvae.figures import (
     FIGURE_SEED,
     Panel,
     Series,
+    add_confusion,
     capcorr_against_coherence,
+    cluster_panels,
     comparison,
     covariance,
     draw_panels,
@@ -23,6 +25,7 @@ from tvae.figures import (
     traversals,
     within_and_between,
 )
+from tvae.models import ClusterVAE
 from tvae_kernels import Neighborhood
 
 
@@ -209,3 +212,31 @@ def test_capsules_with_a_root_for_each_axis_are_rolled_along_each(told_axis):
         assert panel.labels[2:] == ("Roll$_l(t_0)$, axis 0", "Roll$_l(t_0)$, axis 1")
         assert panel.images.shape == (4, 15, 64, 64, 1)
         assert not torch.equal(panel.images[2], panel.images[3])
+
+
+def test_clusters_are_drawn_with_what_is_canonical_and_how_many_of_each_class_they_hold(mnist_dir):
+    source = open_source("mnist-posed", "test", mnist_dir)
+    torch.manual_seed(0)
+    model = ClusterVAE(source.image_shape, 1, 7, code=3, clusters=3, starts=2, units=8)
+    batches = FixedSequences.take(source, 20, 10).batches
+    found = torch.cat([model.identified(batch).cluster[:, 0] for batch in batches])
+    shown = found.mode().values.item()
+    count = min(4, (found == shown).sum().item())
+    (panel,) = cluster_panels(model, batches, {shown: "most", 99: "no such cluster"})
+    assert (panel.title, panel.labels) == ("most", ("input", "reconstruction", "canonical"))
+    assert panel.images.shape == (3, 2 * count, 28, 28, 1)
+    images = torch.cat([batch.images for batch in batches])[found == shown][:count].flatten(0, 1)
+    torch.testing.assert_close(panel.images[0], images.movedim(1, -1))
+    batch = SequenceBatch(images[:, None])
+    torch.testing.assert_close(panel.images[2], model.identified(batch).canonical[:, 0].movedim(1, -1).detach())
+    figure = draw_panels([[panel]])
+    table = np.array([[3, 0, 1], [0, 5, 2]])
+    add_confusion(figure, {"first": (table, [2, 0, 1]), "second": (table, [2, 0, 1])}, ("a", "b"))
+    _, first, second = figure.axes
+    assert [text.get_text() for text in first.texts] == ["3", "0", "1", "0", "5", "2"]
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["2", "0", "1"]
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["a", "b"]
+    torch.testing.assert_close(torch.from_numpy(first.images[0].get_array().data), torch.from_numpy(table / [[4], [7]]))
+    assert second.get_title() == "second"
+    assert second.get_position().y1 < first.get_position().y0
+    assert first.get_position().x0 > 1  # right of the panels
