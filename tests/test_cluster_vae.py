@@ -16,6 +16,7 @@ from tvae.evaluation import evaluate
 from tvae.metrics import METRICS
 from tvae.models import ClusterVAE, load
 from tvae.models.group import DIMENSIONS, exp, warped
+from tvae.models.weak_flow_vae import balance
 from tvae.training import Run, train
 
 DOUBLE = {"rtol": 1e-12, "atol": 1e-12}
@@ -181,13 +182,13 @@ def test_the_numbers_of_starts_are_angles_of_a_half_circle():
 
 
 def test_training_warms_divergences_up_and_pays_for_what_differs(batch):
-    model = made(gamma=0.3, balance=7.0)
+    model = made(gamma=0.3, balance=7.0, prototypes=0.4, agreement=3.0)
     for call in range(6):
         elbo, bounds, parts = at_sample(model, batch)
         assert model.training_calls == call + 1
-        weight = min(1, call / 4)
+        weight_of_divergences = min(1, call / 4)
         cost = sum(parts[name] for name in ("kl_c", "kl_v", "kl_pose"))
-        warmed = (parts["likelihood"] - weight * cost).logsumexp(-1) - math.log(5)
+        warmed = (parts["likelihood"] - weight_of_divergences * cost).logsumexp(-1) - math.log(5)
         best = bounds.argmax(-1, keepdim=True)
         m = parts["mean"].take_along_dim(best[..., None], 2)[:, :, 0]
         y = parts["y"].take_along_dim(best[..., None, None, None], 2)[:, :, 0]
@@ -205,12 +206,45 @@ def test_training_warms_divergences_up_and_pays_for_what_differs(batch):
         torch.testing.assert_close(elbo.terms["difference"][:, 1:], 1.5 * change, **DOUBLE)
         assert not elbo.terms["difference"][:, 0].any()
 
-        expected = warmed - 7 * elbo.terms["uninformed"] - 0.3 * elbo.terms["difference"]
+        start = model.angles[best[..., 0]].flatten()[:, None]
+        pose = (m[..., 5:] * model.spread).flatten(0, 1)
+        back = torch.linalg.inv(exp(pose) @ exp(start))
+        x = warped(batch.images.flatten(0, 1), back).view(5, 3, -1)
+        z = torch.cat((model.means, torch.zeros(4, 2, dtype=x.dtype)), 1)
+        shown = torch.sigmoid(model.decoder(z)).clamp(1e-5, 1 - 1e-5)
+        likelihoods = x @ shown.log().T + (1 - x) @ (1 - shown).log().T
+        scores = likelihoods.mean(1).T / 10
+        s = (scores + balance(scores)).softmax(0).T[:, None]
+        torch.testing.assert_close(s.mean(0), torch.full_like(s[0], 1 / 4), rtol=0, atol=1e-3)
+        torch.testing.assert_close(elbo.terms["prototypes"], -(s * likelihoods).sum(-1), **DOUBLE)
+        torch.testing.assert_close(elbo.terms["disagreement"], -(s * r.log()).sum(-1), **DOUBLE)
+
+        weights = {"uninformed": 7, "prototypes": 0.4, "disagreement": 3, "difference": 0.3}
+        expected = warmed - sum(weight * elbo.terms[name] for name, weight in weights.items())
         torch.testing.assert_close(elbo.objective, expected, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(elbo.total, bounds.logsumexp(-1) - math.log(5), **DOUBLE)
-    assert weight == 1
+    assert weight_of_divergences == 1
     model.eval()(batch)
     assert model.training_calls == 6
+
+
+def test_prototypes_learn_from_images_and_codes_from_prototypes(batch):
+    """Neither the pose nor who is responsible learns by it."""
+    model = made()
+    q = model.by_start(batch.images)
+    m = q.mean[:, :, 2]
+    unlikely, disagreement = model.taught(batch.images, m, model.angles[2].expand(5, 3))
+    of_encoder, of_decoder = list(model.z_encoder.parameters()), list(model.decoder.parameters())
+    found = torch.autograd.grad(
+        unlikely.sum(), [*of_encoder, *of_decoder, model.means], allow_unused=True, retain_graph=True
+    )
+    assert all(x is None for x in found[: len(of_encoder)])
+    assert all(x.any() for x in found[len(of_encoder) :])
+    found = torch.autograd.grad(disagreement.sum(), [*of_encoder, *of_decoder, model.means, m], allow_unused=True)
+    assert all(x is None for x in found[len(of_encoder) : -2])
+    assert found[-2].any()
+    assert found[-1][..., :3].any()
+    assert not found[-1][..., 3:].any()
 
 
 def test_clusters_that_are_certain_alike_and_constant_leave_nothing_to_pay():

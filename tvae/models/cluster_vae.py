@@ -19,7 +19,9 @@ from .base import ELBO, Identified, ModelSettings
 from .group import DIMENSIONS, exp, warped
 from .layers import MLP, STANDARD_NORMAL, Axis, Capsules, Frames, Images, exact
 from .vae import VAE
+from .weak_flow_vae import balance
 
+_TEMPERATURE = 10.0  # of the responsibilities of prototypes, whose likelihoods differ by some 50 nats
 _SPREAD = 0.7  # of the means of the clusters at the start; further apart, one would take all
 _SHIFT, _GROWTH = 0.25, 0.25  # standard deviations: of shifts in half images, and of the logarithm of a size
 
@@ -46,8 +48,12 @@ class ClusterVAESettings(ModelSettings):
     """Units of the larger hidden layer of the encoder and the decoder; the other has half as many."""
     gamma: Annotated[Number, Field(ge=0)] = 0.1
     """Weight of the difference of two poses of the same example; 0 is off."""
-    balance: Annotated[Number, Field(ge=0)] = 20.0
+    balance: Annotated[Number, Field(ge=0)] = 2.0
     """Weight of what the cluster in one pose does not say of that in another, in nats; 0 is off."""
+    prototypes: Annotated[Number, Field(ge=0)] = 0.2
+    """Weight of how unlikely images out of their poses are by what the means of clusters show, in nats; 0 is off."""
+    agreement: Annotated[Number, Field(ge=0)] = 5.0
+    """Weight of the cross-entropy of a code's clusters with those whose means show an example best; 0 is off."""
     warm_steps: Count = 1000
     """Steps of training, a third of all as a rule, over which the weight of the divergences grows to 1."""
 
@@ -89,10 +95,15 @@ class ClusterVAE(VAE):
     Training warms the divergences up, and subtracts for adjacent frames, which show one example in two poses,
 
         balance · (log K - I(c; c')), of the clusters of both over the batch, by p(c|z_c) at the posterior means m_c
+        prototypes · -Σ_c s_c L_c, with L_c = log p(x'|decoder(a_c, 0)), the image x' being x turned back, held still
+        agreement · -Σ_c s_c log p(c|m_c)
         gamma · (|m_c - m_c'|² + |m_v - m_v'|² + (BCE(y, y') + BCE(y', y)) / 2), the second image being held still
 
     The information `I = H(c) - H(c|c')` is log K where clusters have equal shares, are certain and do not change with
-    the pose; without it one cluster takes all. A capsule is `(z_c, z_v, τ, θ_r)` of the best start, and does not roll.
+    the pose; without it one cluster takes all. What a cluster's mean shows is a prototype, and `s` are the
+    responsibilities of prototypes for an example, `softmax_c(mean of L_c over its frames / 10 + b_c)`, held still, with
+    the biases b that give all equal shares of the batch: k-means of what is out of its pose, by pixels, which the codes
+    learn. A capsule is `(z_c, z_v, τ, θ_r)` of the best start, and does not roll.
 
     Args:
         image_shape: `(channel, height, width)` of a frame, which is square.
@@ -237,10 +248,19 @@ class ClusterVAE(VAE):
             return elbo
         warmed = (likelihoods - self.warmth() * cost).logsumexp(-1) - math.log(len(self.angles))
         m = chosen(q.mean, best)
-        uninformed = self.uninformed(m).expand_as(total)
-        difference = self.difference(m, chosen(y, best))
-        penalty = total - warmed + self.settings.balance * uninformed + self.settings.gamma * difference
-        return elbo.penalised(penalty, uninformed=uninformed, difference=difference)
+        unlikely, disagreement = self.taught(batch.images, m, self.angles[best])
+        values, terms = (
+            self.settings,
+            {
+                "uninformed": self.uninformed(m).expand_as(total),
+                "prototypes": unlikely,
+                "disagreement": disagreement,
+                "difference": self.difference(m, chosen(y, best)),
+            },
+        )
+        weights = values.balance, values.prototypes, values.agreement, values.gamma
+        penalty = total - warmed + sum(w * term for w, term in zip(weights, terms.values(), strict=True))
+        return elbo.penalised(penalty, **terms)
 
     @torch.no_grad()
     def warmth(self) -> Tensor:
@@ -259,6 +279,19 @@ class ClusterVAE(VAE):
         joint = (joint + joint.mT) / 2  # which frame comes first means nothing
         share = joint.sum(0)
         return math.log(len(share)) - 2 * entropy(share) + entropy(joint)
+
+    def taught(self, x: Images, m: Float[Tensor, "batch time number"], start: Frames) -> tuple[Frames, Frames]:
+        """Return how unlikely images out of their poses are by prototypes, and what codes pay for other clusters."""
+        code, _, pose = m.split(self.sizes, -1)
+        with torch.no_grad(), exact(x):
+            back = exp(-start[..., None]) @ exp(-pose * self.spread)
+            unposed = warped(x.flatten(0, 1), back.flatten(0, 1)).view(x.shape)[:, :, None]
+        prototypes = self.likelihood.inverted(self.canonical(F.pad(self.means, (0, self.sizes[1]))))
+        shape = (*x.shape[:2], *prototypes.shape)
+        likelihoods = self.likelihood.log_prob(prototypes.expand(shape), unposed.expand(shape))
+        scores = likelihoods.detach().mean(1).mT / _TEMPERATURE  # of all frames, which show one example
+        s = (scores + balance(scores)).softmax(0).mT[:, None]
+        return -(s * likelihoods).sum(-1), -(s * self.log_densities(code).log_softmax(-1)).sum(-1)
 
     def difference(self, m: Float[Tensor, "batch time number"], y: Images) -> Frames:
         """Return how posterior means and canonical images of each frame differ from those of the frame before."""
