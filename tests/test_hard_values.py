@@ -247,6 +247,13 @@ def test_nothing_gives_nothing(backend, device, neighborhood, weighted, shape):
         assert roll_capsules(normal(*shape).to(device), 1, neighborhood).shape == shape
 
 
+@pytest.mark.parametrize("weighted", ["", "shared", "capsule"])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (2, 0, 2, 4)], ids=str)
+def test_nothing_gives_nothing_by_phases_of_capsules(backend, device, weighted, shape):
+    neighborhood = Neighborhood(3, 2, speeds=(0.1, -1.25), time_boundary="zero", roll="fourier")
+    assert_nothing(backend, neighborhood, shape, weighted, device)
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("weighted", ["", "shared", "capsule"])
 @pytest.mark.parametrize(

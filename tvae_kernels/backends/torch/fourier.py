@@ -170,7 +170,9 @@ class _Shifts(NamedTuple):
         """All shifts of a neighbourhood."""
         dim, speeds = u.shape[-1], n.speeds or (1,)
         offsets = [[math.remainder(round(n.shift * speed * i, 12), dim or 1) for speed in speeds] for i in n.time_taps]
-        needed = u.numel() and any(x != int(x) for row in offsets for x in row)
+        if u.numel() == 0:  # which transforms refuse
+            offsets = [[0.0] * len(row) for row in offsets]
+        needed = any(x != int(x) for row in offsets for x in row)
         return cls(u, torch.fft.rfft(u) if needed else None, offsets)
 
     def _phases(self, row: int, sign: int) -> Tensor:
