@@ -202,6 +202,8 @@ def test_clusters_stand_in_the_place_of_their_class(mnist_dir, monkeypatch):
     assert table.sum() == 20
     assert table.sum(1).tolist() == [2] * 10
     assert table[4, clusters.index(4)] == table[5, clusters.index(4)] == 2
+    assert [clusters[digit] for digit in (0, 1, 2, 3, 6, 7, 8, 9)] == [9, 8, 7, 6, 3, 2, 1, 0]
+    assert all(table[digit, digit] == 2 for digit in (0, 1, 2, 3, 6, 7, 8, 9))
 
 
 def test_exhibits_of_clusters_report_what_is_measured(mnist_dir):
