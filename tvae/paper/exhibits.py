@@ -324,7 +324,8 @@ _LEVELS = ("unseen frames", "direction", "affine", "x_0 kept", "own reconstructi
 
 def _motion(*transformations: str) -> tuple[str | Metric, ...]:
     """Say what to report of motions: errors of a model's own by transformation, and the mean of all others."""
-    errors = tuple(("pixel_error", part) for part in (None, *transformations, *_LEVELS))
+    kept = (f"{transformation}, x_0 kept" for transformation in transformations)
+    errors = tuple(("pixel_error", part) for part in (None, *transformations, *_LEVELS, *kept))
     return ("log_likelihood", *errors, ("moved_likelihood", None), "vp_score", "transformation_accuracy")
 
 
