@@ -231,6 +231,7 @@ class ClusterVAE(VAE):
 
         """
         self.check_whole(batch)
+        warmth = self.warmth() if self.training else 1.0
         q = self.by_start(batch.images)
         h = self.drawn(q, batch)
         y = self.canonical(h)
@@ -246,7 +247,7 @@ class ClusterVAE(VAE):
         elbo = ELBO(total, {"log_likelihood": log_likelihood, **terms}, total, t)
         if not self.training:
             return elbo
-        warmed = (likelihoods - self.warmth() * cost).logsumexp(-1) - math.log(len(self.angles))
+        warmed = (likelihoods - warmth * cost).logsumexp(-1) - math.log(len(self.angles))
         m = chosen(q.mean, best)
         unlikely, disagreement = self.taught(batch.images, m, self.angles[best])
         values, terms = (
@@ -262,6 +263,8 @@ class ClusterVAE(VAE):
         penalty = total - warmed + sum(w * term for w, term in zip(weights, terms.values(), strict=True))
         return elbo.penalised(penalty, **terms)
 
+    # Compiled with its use, the backward pass would compute the weight anew, from what the count is after this call.
+    @torch.compiler.disable
     @torch.no_grad()
     def warmth(self) -> Tensor:
         """Return the weight of the divergences in the next call in training."""
