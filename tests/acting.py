@@ -402,9 +402,13 @@ def one_after_the_other(folder, count, choose, action):
     while sum(map(bool, found)) < count:
         path = folder / f"run-{found.count(0)}"
         Run.create(path, short_config())
-        while not found or found[-1] or not (path / "model.safetensors").exists():
+        for _ in range(60):
             process = Forked(train_disturbed, path, folder, choose(90), action(), errors=folder / "errors")
             found.append(process.end())
+            if found[-1] == 0:
+                break
+        else:
+            raise RuntimeError(f"no process finishes {path}: {(folder / 'refused.txt').read_text()[-500:]}")
     return found
 
 
