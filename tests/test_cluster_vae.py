@@ -1,12 +1,12 @@
 """The model of clusters and poses: its mixture, its bound over starts, its penalties, the contracts of the house."""
 
-import csv
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from acting import interrupted_at, often
+from acting import often
+from contracts import assert_resumed_bit_for_bit, assert_same_curves
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 import tvae
@@ -14,7 +14,7 @@ from tvae.config import Config, DataSettings, EvaluationSettings, TrainingSettin
 from tvae.data import FixedSequences, SequenceBatch, open_source
 from tvae.evaluation import evaluate
 from tvae.metrics import METRICS
-from tvae.models import ClusterVAE, load
+from tvae.models import ClusterVAE
 from tvae.models.group import DIMENSIONS, exp, warped
 from tvae.models.weak_flow_vae import balance
 from tvae.training import Run, train
@@ -342,17 +342,8 @@ def trained(mnist_dir):
 def test_interrupted_training_is_resumed_bit_for_bit_and_models_are_read_again(trained, tmp_path):
     with often():
         whole, run = trained(tmp_path / "whole")
-        cut = Run.create(tmp_path / "cut", run.config)
-        assert train(cut, "cpu", sources=interrupted_at(run.config, 3)) is None
-        resumed = train(cut, "cpu")
-    expected = whole.state_dict()
-    assert expected["training_calls"] == 6
-    assert all(torch.equal(x, expected[name]) for name, x in resumed.state_dict().items())
-    assert cut.metrics.read_bytes() == run.metrics.read_bytes()
-    read = load(run.model_file)
-    assert type(read) is ClusterVAE
-    assert read.settings == run.config.model
-    assert all(torch.equal(x, expected[name]) for name, x in read.state_dict().items())
+        assert whole.training_calls == 6
+        assert_resumed_bit_for_bit(whole, run, tmp_path / "cut")
 
 
 @pytest.mark.exhaustive
@@ -361,15 +352,7 @@ def test_interrupted_training_is_resumed_bit_for_bit_and_models_are_read_again(t
 def test_compiled_steps_are_eager_ones_within_rounding(trained, tmp_path):
     with often():
         (_, eager), (_, compiled) = (trained(tmp_path / step, 3, step) for step in ("eager", "compiled"))
-    curves = []
-    for run in (eager, compiled):
-        with run.metrics.open(newline="") as file:
-            rows = [[float(x) for x in row.values()] for row in csv.DictReader(file)]
-        curves.append(torch.tensor(rows, dtype=torch.float64))
-    # Errors of additions grow with the root of their number: the pixels of 3 steps, thrice each, and 1,000s of units.
-    bound = 6 * math.sqrt(3 * 3 * 28 * 28) * torch.finfo(torch.float32).eps
-    scale = curves[0].abs().amax(1, keepdim=True)
-    assert ((curves[0] - curves[1]).abs() <= bound * scale).all()
+    assert_same_curves(eager, compiled, 28 * 28)
 
 
 def test_the_evaluation_of_a_model_is_the_same_every_time_and_has_what_applies(mnist_dir):

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from test_topographies import TOPOGRAPHIES, arguments, solve
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import devices
 from tvae_kernels import Neighborhood, roll_capsules, topographic
 from tvae_kernels.backends import tables
 from tvae_kernels.backends.torch import fourier, plain, taps
@@ -154,15 +154,9 @@ def solved(neighborhood: Neighborhood, leaves: list, dt: torch.Tensor, backend: 
 
 
 def peak(call) -> int:
-    """Return how many bytes of tensors a call has at once, beside those that there were before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        kept = call()
-    events = [x for x in recorded.profiler.kineto_results.events() if x.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda x: x.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    assert most > 0, kept
+    """Return how many bytes of tensors a call has at once on the CPU, beside those that there were before."""
+    most = devices.peak_memory(torch.device("cpu"), call)
+    assert most > 0
     return most
 
 

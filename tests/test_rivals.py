@@ -1,12 +1,12 @@
 """The rivals that differ from the VAE in the objective alone: beta-VAE, FactorVAE and SlowVAE."""
 
-import csv
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from acting import interrupted_at, often
+from acting import often
+from contracts import assert_resumed_bit_for_bit, assert_same_curves
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
@@ -15,7 +15,7 @@ from tvae.config import Config, DataSettings, EvaluationSettings, TrainingSettin
 from tvae.data import FixedSequences, SequenceBatch
 from tvae.data.sprites import SpriteSequences
 from tvae.evaluation import evaluate
-from tvae.models import VAE, BetaVAE, FactorVAE, SlowVAE, load
+from tvae.models import VAE, BetaVAE, FactorVAE, SlowVAE
 from tvae.models.factor_vae import permuted
 from tvae.models.slow_vae import laplace_cross_entropy, laplace_divergence
 from tvae.training import Run, build_optimizer, train
@@ -86,17 +86,7 @@ def test_the_bound_is_that_of_the_vae_and_penalties_are_of_training_alone(kind, 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_interrupted_training_is_resumed_bit_for_bit_and_models_are_read_again(kind, tmp_path):
     with often():
-        whole, run = trained(kind, tmp_path / "whole")
-        cut = Run.create(tmp_path / "cut", run.config)
-        assert train(cut, "cpu", sources=interrupted_at(run.config, 3)) is None
-        resumed = train(cut, "cpu")
-    expected = whole.state_dict()
-    assert all(torch.equal(x, expected[name]) for name, x in resumed.state_dict().items())
-    assert cut.metrics.read_bytes() == run.metrics.read_bytes()
-    read = load(run.model_file)
-    assert type(read) is kind
-    assert read.settings == run.config.model
-    assert all(torch.equal(x, expected[name]) for name, x in read.state_dict().items())
+        assert_resumed_bit_for_bit(*trained(kind, tmp_path / "whole"), tmp_path / "cut")
 
 
 @pytest.mark.parametrize("kind", [BetaVAE, SlowVAE])
@@ -141,16 +131,7 @@ def test_the_settings_of_another_are_refused(kind, setting):
 def test_compiled_steps_are_eager_ones_within_rounding(kind, tmp_path):
     with often():
         (_, eager), (_, compiled) = (trained(kind, tmp_path / step, 3, step) for step in ("eager", "compiled"))
-    curves = []
-    for run in (eager, compiled):
-        with run.metrics.open(newline="") as file:
-            rows = [[float(x) for x in row.values()] for row in csv.DictReader(file)]
-        curves.append(torch.tensor(rows, dtype=torch.float64))
-    # Errors of additions grow with the root of their number: the pixels of 3 steps, thrice each, and 1,000s of units.
-    bound = 6 * math.sqrt(3 * 3 * 64 * 64) * torch.finfo(torch.float32).eps
-    # terms of either sign, whose sizes are that of the loss at most
-    scale = curves[0].abs().amax(1, keepdim=True)
-    assert ((curves[0] - curves[1]).abs() <= bound * scale).all()
+    assert_same_curves(eager, compiled, 64 * 64)
 
 
 # --- beta-VAE ---------------------------------------------------------------------------------------------------------

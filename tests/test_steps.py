@@ -1,12 +1,12 @@
 """One step of training, taken in other ways: compiled, as a graph, in other precisions; against the eager one."""
 
-import csv
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from acting import interrupted_at, often, with_training
+from contracts import curve, rounding
 from safetensors.torch import load_file
 
 from tvae.config import Config, DataSettings, TrainingSettings, check_machine
@@ -32,23 +32,6 @@ AXES = Config(
 def _log_often():
     with often():
         yield
-
-
-def curve(run):
-    """All that was logged, `(row, column)`."""
-    with (run.path / "metrics.csv").open(newline="") as file:
-        return torch.tensor([[float(x) for x in row.values()] for row in csv.DictReader(file)], dtype=torch.float64)
-
-
-def rounding(config):
-    """How far curves of one training may be apart, relatively, when sums are taken in another order.
-
-    Errors of additions are as good as random and grow with the root of their number (see benchmarks/operation.py). The
-    longest chain of a step adds the pixels three times: into the encoder, over the likelihood, and into the weights'
-    gradients, and every step starts with the errors of those before it.
-    """
-    additions = config.training.steps * 3 * 64 * 64
-    return 6 * math.sqrt(additions) * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from numerics import MU_SHAPES, Problem, assert_within, problems
 
+from benchmarks import devices
 from tvae_kernels import Neighborhood, reference, topographic
 from tvae_kernels.arguments import Inputs, Window
 from tvae_kernels.backends.torch import plain
@@ -65,21 +66,6 @@ def test_mu_and_its_gradient_keep_their_shape(mu):
         assert_within(name, x, expected[name], bounds[name])
 
 
-def peak_memory(run) -> int:
-    """The most bytes that were allocated at once on the CPU while `run()` ran, beyond those before it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        kept = run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    assert allocated >= sum(x.nbytes for x in kept)  # the profiler has seen the results
-    return peak
-
-
 @pytest.mark.parametrize(
     ("shape", "neighborhood"),
     [
@@ -100,7 +86,9 @@ def test_memory_stays_within_four_times_the_inputs(shape, neighborhood):
         return t, *torch.autograd.grad(t, (z, u, mu), dt)
 
     run()
-    assert peak_memory(run) <= 4 * (z.nbytes + u.nbytes)
+    peak = devices.peak_memory(torch.device("cpu"), run)
+    assert sum(x.nbytes for x in run()) <= peak  # the profiler has seen the results
+    assert peak <= 4 * (z.nbytes + u.nbytes)
 
 
 @pytest.mark.slow

@@ -250,15 +250,13 @@ class ClusterVAE(VAE):
         warmed = (likelihoods - warmth * cost).logsumexp(-1) - math.log(len(self.angles))
         m = chosen(q.mean, best)
         unlikely, disagreement = self.taught(batch.images, m, self.angles[best])
-        values, terms = (
-            self.settings,
-            {
-                "uninformed": self.uninformed(m).expand_as(total),
-                "prototypes": unlikely,
-                "disagreement": disagreement,
-                "difference": self.difference(m, chosen(y, best)),
-            },
-        )
+        terms = {
+            "uninformed": self.uninformed(m).expand_as(total),
+            "prototypes": unlikely,
+            "disagreement": disagreement,
+            "difference": self.difference(m, chosen(y, best)),
+        }
+        values = self.settings
         weights = values.balance, values.prototypes, values.agreement, values.gamma
         penalty = total - warmed + sum(w * term for w, term in zip(weights, terms.values(), strict=True))
         return elbo.penalised(penalty, **terms)

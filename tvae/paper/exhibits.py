@@ -326,7 +326,8 @@ def _motion(*transformations: str) -> tuple[str | Metric, ...]:
     """Say what to report of motions: errors of a model's own by transformation, and the mean of all others."""
     kept = (f"{transformation}, x_0 kept" for transformation in transformations)
     errors = tuple(("pixel_error", part) for part in (None, *transformations, *_LEVELS, *kept))
-    return ("log_likelihood", *errors, ("moved_likelihood", None), "vp_score", "transformation_accuracy")
+    likelihoods = ("log_likelihood", ("elbo", "kl_z"), ("moved_likelihood", None))
+    return (*likelihoods, *errors, "vp_score", "transformation_accuracy")
 
 
 _K_MEANS = ("k-means", "k-means on canonical images", "k-means on pixels", "k-means on upright pixels")
@@ -388,7 +389,7 @@ EXHIBITS: dict[str, Exhibit] = {
     "flow-extras": Exhibit(
         "Transformations that switch or superpose, and digits that were not trained on",
         _figure(
-            *(f"mnist-open-{model}" for model in ("tvae", "poflow", "flowvae", "weakflowvae")),
+            *(f"mnist-open-{model}" for model in ("vae", "slowvae", "tvae", "poflow", "flowvae", "weakflowvae")),
             *(f"mnist-open-seen-{model}{data}" for model in ("poflow", "flowvae") for data in ("", "-generalisation")),
         ),
         draw_mixed,
