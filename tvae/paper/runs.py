@@ -32,6 +32,7 @@ from ..training import Run, RunError, train, untrained_model
 SMALL_STEPS = 100  # twelve models, the most a target has, in 7 minutes on one CPU core
 SMALL_SEQUENCES = 200
 MOST_WORKERS = 8
+LONGEST_ROW = 10_000  # bytes of a log, far more than any model has terms
 
 
 @dataclass(frozen=True)
@@ -252,10 +253,11 @@ def _follow_parent(threads: int) -> None:
 
 
 def _steps_done(job: Job) -> int:
-    """Return the last step in a run's log."""
+    """Return the last step in a run's log, of its whole rows alone."""
     try:
         with (job.path / "metrics.csv").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
-            return int(file.read().splitlines()[-1].split(b",")[0])
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * LONGEST_ROW))
+            _, *rows, _ = file.read().split(b"\n")  # the first may be the end of a row, the last the beginning of one
+            return int(rows[-1].split(b",")[0])
     except (OSError, ValueError, IndexError):
         return 0
