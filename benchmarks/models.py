@@ -151,45 +151,61 @@ def table(result: Result) -> str:
 
 # --- potentials -------------------------------------------------------------------------------------------------------
 
-Derive = Callable[[Potentials, Tensor, Tensor], tuple[Tensor, Tensor]]  # gradient, and what the equation leaves over
+# From potentials, points `(1, N, n)` and the times of steps to all points on the way, and what the equation leaves over at
+# those that steps start from.
+Derive = Callable[[Potentials, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def hamilton_jacobi(potentials: Potentials, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `∇u` and `∂u/∂t + |∇u|² / 2`, in closed form."""
-    u = potentials(z, time)
-    gradient = u.gradient()
-    return gradient, u.rate() + gradient.square().sum(-1) / 2
+def hamilton_jacobi(potentials: Potentials, z: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave `∂u/∂t + |∇u|² / 2` over, in closed form."""
+    walk = potentials.walk(z, times)
+    return walk.points, walk.rates + walk.gradients.square().sum(-1) / 2
 
 
-def hamilton_jacobi_by_autograd(potentials: Potentials, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same by differentiating `u`."""
-    gradient, rate = _differentiated(potentials, z, time)
-    return gradient, rate + gradient.square().sum(-1) / 2
+def wave(potentials: Potentials, z: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave `∂²u/∂t² - Δu` over, in closed form."""
+    points = potentials.walk(z, times).points
+    starts = points[:, :, :-1]
+    u = potentials(starts.flatten(1, 2), times.repeat(z.shape[1]))
+    return points, (u.second_rate() - u.laplacian()).view(starts.shape[:-1])
 
 
-def wave(potentials: Potentials, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `∇u` and `∂²u/∂t² - Δu`, in closed form."""
-    u = potentials(z, time)
-    return u.gradient(), u.second_rate() - u.laplacian()
+def hamilton_jacobi_by_autograd(potentials: Potentials, z: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the same by differentiating `u`."""
+
+    def residual(z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, rate = _differentiated(potentials, z, time)
+        return gradient, rate + gradient.square().sum(-1) / 2
+
+    return _step_by_step(residual, z, times)
 
 
-def wave_by_autograd(potentials: Potentials, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same by differentiating `u` twice: of the Hessian only the trace is summed, but all of it is made."""
-    time = time.expand(z.shape[1]).detach().requires_grad_()
-    z = z if z.requires_grad else z.detach().requires_grad_()
-    gradient, rate = _differentiated(potentials, z, time)
-    (second_rate,) = torch.autograd.grad(rate.sum(), time, create_graph=True)
-    basis = torch.eye(z.shape[-1], device=z.device)[:, None, None].expand(-1, *z.shape)
-    (hessian,) = torch.autograd.grad(gradient, z, basis, create_graph=True, is_grads_batched=True)
-    return gradient, second_rate - (hessian * basis).sum((0, -1))
+def wave_by_autograd(potentials: Potentials, z: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the same by differentiating `u` twice: of the Hessian only the trace is summed, but all of it is made."""
+
+    def residual(z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, rate = _differentiated(potentials, z, time)
+        (second_rate,) = torch.autograd.grad(rate.sum(), time, create_graph=True)
+        basis = torch.eye(z.shape[-1], device=z.device)[:, None, None].expand(-1, *z.shape)
+        (hessian,) = torch.autograd.grad(gradient, z, basis, create_graph=True, is_grads_batched=True)
+        return gradient, second_rate - (hessian * basis).sum((0, -1))
+
+    return _step_by_step(residual, z, times)
+
+
+def _step_by_step(residual: Callable, z: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    points, residuals = [z], []
+    for time in times:
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        gradient, left = residual(z, time.expand(z.shape[1]).detach().requires_grad_())
+        z = z + gradient
+        points.append(z)
+        residuals.append(left)
+    return torch.stack(points, 2), torch.stack(residuals, 2)
 
 
 def _differentiated(potentials: Potentials, z: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    if not time.requires_grad:
-        time = time.expand(z.shape[1]).detach().requires_grad_()
-    z = z if z.requires_grad else z.detach().requires_grad_()
-    u = potentials(z, time).value()
-    gradient, rate = torch.autograd.grad(u.sum(), (z, time), create_graph=True)
+    gradient, rate = torch.autograd.grad(potentials(z, time).value().sum(), (z, time), create_graph=True)
     return gradient, rate[None]
 
 
@@ -208,11 +224,9 @@ class Walk:
     def step(self) -> dict[str, Tensor]:
         """Give the loss and the gradients of all weights: those of `w` and of the layers below it."""
         self.potentials.zero_grad()
-        z, loss = self.z, 0
-        for time in range(1, FRAMES):
-            gradient, residual = self.derive(self.potentials, z, torch.full((1,), float(time), device=z.device))
-            z = z + gradient
-            loss = loss + z.square().mean() + residual.square().mean()
+        times = torch.arange(1.0, FRAMES, device=self.z.device)
+        points, residuals = self.derive(self.potentials, self.z, times)
+        loss = sum(x[:, :, i].square().mean() for x in (points[:, :, 1:], residuals) for i in range(len(times)))
         loss.backward()
         return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in self.potentials.named_parameters()}
 

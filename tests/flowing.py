@@ -5,6 +5,7 @@ from torch import nn
 
 from tvae.config import Config, DataSettings, EvaluationSettings, TrainingSettings
 from tvae.data import Factor, SequenceBatch, SequenceSource
+from tvae.models.potentials import Walk
 
 SHAPE = (1, 4, 4)
 FRAMES = 4
@@ -47,6 +48,12 @@ def batch_of(count, dtype=torch.float32, frames=FRAMES):
     return SequenceBatch(torch.rand(count, frames, *SHAPE, dtype=dtype), axis=torch.arange(count) % 3)
 
 
+def followed(model, z, flow, frames=FRAMES):
+    """All points on the way of sequences, each moved by one flow, taken as a mix of which all else is 0."""
+    mix = torch.eye(model.settings.transformations, dtype=z.dtype)[flow]
+    return model.follow(z, mix[:, None].expand(-1, frames - 1, -1))
+
+
 class Known(nn.Module):
     """Potentials whose derivatives are functions of points `(P, N, n)`, times `(N, 1)` and numbers `(P, 1)`."""
 
@@ -59,6 +66,15 @@ class Known(nn.Module):
         numbers = torch.arange(len(z)) if chosen is None else chosen
         at = (z, time[:, None], numbers[:, None])
         return Values(**{name: function(*at) for name, function in self.derivatives.items()})
+
+    def walk(self, z, times, length):
+        points, gradients, rates = [z], [], []
+        for time in times[:, None]:
+            at = points[-1], time[:, None], torch.arange(len(z))[:, None]
+            gradients.append(self.derivatives["gradient"](*at))
+            rates.append(self.derivatives.get("rate", lambda z, t, k: torch.zeros(z.shape[:-1]))(*at))
+            points.append(points[-1] + length * gradients[-1])
+        return Walk(*(torch.stack(x, 2) for x in (points, gradients, rates)))
 
 
 class Values:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from acting import interrupted_at, often
-from flowing import FRAMES, SHAPE, Known, Moving, batch_of, configuration
+from flowing import FRAMES, SHAPE, Known, Moving, batch_of, configuration, followed
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -19,7 +19,7 @@ from tvae.data.sprites import SpriteSequences
 from tvae.evaluation import evaluate
 from tvae.metrics import METRICS, Folds, LogLikelihood
 from tvae.models import VAE, FlowVAE, PoFlow, WeakFlowVAE
-from tvae.models.flow_vae import PotentialFlow
+from tvae.models.flow_vae import PotentialFlow, hamilton_jacobi
 from tvae.training import Run, loop, steps, train
 
 MODELS = {
@@ -79,8 +79,8 @@ def test_paths_follow_the_gradient_of_the_sequences_own_potential(values):
     assert (expected.diff(dim=1).norm(dim=-1) > 0.01).all()
     for found in (model.moved(batch), model.encode(batch, sample=False)):
         torch.testing.assert_close(found.flatten(2), expected, **DOUBLE)
-    found = model.follow(start, FRAMES, model.mix(batch.axis, FRAMES))
-    torch.testing.assert_close(found, torch.stack(points, 1), **DOUBLE)
+    for found in (followed(model, start, batch.axis), model.walk_along(start, FRAMES, batch.axis).points):
+        torch.testing.assert_close(found, torch.stack(points, 1), **DOUBLE)
     torch.testing.assert_close(model.reconstruct(batch), model.likelihood.mean(model.decode(model.moved(batch))))
     each = model.traversals(batch)
     assert list(each) == ["flow 1", "flow 2", "flow 3"]
@@ -107,8 +107,10 @@ def test_a_mix_switches_and_superposes_transformations(values):
         torch.testing.assert_close(model.moved(batch, rows)[:, l].flatten(1), z, **DOUBLE)
     own = torch.eye(3, dtype=torch.float64)[batch.axis][:, None].expand(-1, FRAMES - 1, -1)
     torch.testing.assert_close(model.moved(batch, own), model.moved(batch), **DOUBLE)
-    with pytest.raises(ValueError, match=r"^mix must be of shape \(2, 3, 3\), got \(2, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"^mix must be of 3 steps, got \(2, 4, 3\)"):
         model.moved(batch, torch.zeros(2, 4, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^mix must be of shape \(2, frames - 1, 3\), got \(2, 3, 2\)"):
+        model.moved(batch, torch.zeros(2, 3, 2, dtype=torch.float64))
 
 
 def test_the_first_frame_alone_is_encoded():
@@ -129,7 +131,7 @@ def test_samples_are_paths_from_the_prior_of_flows_that_are_drawn_uniformly():
     torch.manual_seed(1)
     z, axis = torch.randn(300, 6), torch.randint(3, (300,))
     assert axis.bincount().min() > 100 - 5 * math.sqrt(300 * 2 / 9)
-    expected = model.path(model.follow(z, 5, model.mix(axis, 5)))
+    expected = model.path(model.walk_along(z, 5, axis).points)
     torch.testing.assert_close(images, model.likelihood.mean(model.decode(expected)), rtol=0, atol=0)
     torch.manual_seed(1)
     torch.testing.assert_close(model.sample(300, 5, axis), images, rtol=0, atol=0)
@@ -146,7 +148,7 @@ def test_the_bound_has_one_divergence_and_what_it_is_made_of(values):
     torch.manual_seed(2)
     (q,) = model.posterior(batch.images)
     z = q.mean + torch.randn(q.mean.shape, dtype=torch.float64) * q.stddev
-    t = model.path(model.follow(z.flatten(1), FRAMES, model.mix(batch.axis, FRAMES)))
+    t = model.path(model.walk_along(z.flatten(1), FRAMES, batch.axis).points)
     torch.testing.assert_close(elbo.t, t, rtol=0, atol=0)
     kl = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum((2, 3))
     expected = {
@@ -242,7 +244,7 @@ def test_weights_count_what_the_latent_variable_costs_at_frame_0_alone():
     torch.manual_seed(1)
     (q,) = model.posterior(batch.images)
     z = q.rsample()
-    t = model.path(model.follow(z.flatten(1), FRAMES, model.mix(batch.axis, FRAMES)))
+    t = model.path(model.walk_along(z.flatten(1), FRAMES, batch.axis).points)
     expected = model.likelihood.log_prob(model.decode(t), batch.images)
     prior = torch.distributions.Normal(0.0, 1.0)
     expected[:, 0] += (prior.log_prob(z) - q.log_prob(z)).sum((1, 2, 3))
@@ -261,8 +263,8 @@ def with_potential(**derivatives):
 
 def residual(model, z, frames=6):
     flow = torch.zeros(len(z), dtype=torch.int64)
-    points = model.follow(z, frames, model.mix(flow, frames).double())
-    return points, model.hamilton_jacobi(points, flow)
+    walk = model.walk_along(z, frames, flow)
+    return walk.points, hamilton_jacobi(walk)
 
 
 SPREAD = {  # u = |z|² / 2(1 + t), along which points move away from 0 at the speeds that they have
@@ -295,7 +297,7 @@ def test_the_penalty_is_of_every_sequence_by_itself_and_only_the_objective_pays(
     elbo = model(batch)
     m, points = values.steps_per_frame, elbo.t.flatten(2)
     if m > 1:
-        points = model.follow(points[:, 0], FRAMES, model.mix(batch.axis, FRAMES))
+        points = followed(model, points[:, 0], batch.axis)
     found = []
     for b in range(4):
         u, residuals = potential(model, b % 3), []
@@ -310,10 +312,8 @@ def test_the_penalty_is_of_every_sequence_by_itself_and_only_the_objective_pays(
     torch.testing.assert_close(elbo.objective, elbo.total - elbo.terms["hamilton_jacobi"], **DOUBLE)
 
     twice = batch.select([0, 1, 2, 3, 0, 1, 2, 3])
-    noise = model.follow(torch.cat((points[:, 0], points[:, 0])), FRAMES, model.mix(twice.axis, FRAMES))
-    torch.testing.assert_close(
-        model.hamilton_jacobi(noise, twice.axis)[4:, None].expand(-1, FRAMES), elbo.terms["hamilton_jacobi"], **DOUBLE
-    )
+    penalty = hamilton_jacobi(model.walk_along(torch.cat((points[:, 0], points[:, 0])), FRAMES, twice.axis))
+    torch.testing.assert_close(penalty[4:, None].expand(-1, FRAMES), elbo.terms["hamilton_jacobi"], **DOUBLE)
 
     objectives = []
     for gamma in (0.0, 2.0):
@@ -333,7 +333,7 @@ def test_the_penalty_is_of_every_sequence_by_itself_and_only_the_objective_pays(
 def test_steps_fold_where_the_least_eigenvalue_is_not_positive(values, strength):
     model, batch = made(values, strength), batch_of(12, torch.float64)
     folding, m = model.folds(batch), values.steps_per_frame
-    points = model.follow(model.start(batch), FRAMES, model.mix(batch.axis, FRAMES))
+    points = followed(model, model.start(batch), batch.axis)
     for b in range(12):
         for i in range((FRAMES - 1) * m):
             t = torch.tensor([1 + i / m], dtype=torch.float64)
@@ -500,12 +500,14 @@ def test_a_compiled_step_is_the_eager_one(values, compiler):
 
 def test_flows_are_computed_in_float32_where_products_are_rounded():
     model, batch = FlowVAE(SHAPE, 2, 3), batch_of(4)
-    z, mix = model.start(batch), model.mix(batch.axis, FRAMES)
+    z = model.start(batch)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model.follow(z, FRAMES, mix)
-        penalty = model.hamilton_jacobi(found, batch.axis)
-    assert torch.equal(found, model.follow(z, FRAMES, mix))
-    assert torch.equal(penalty, model.hamilton_jacobi(found, batch.axis))
+        mixed, walk = followed(model, z, batch.axis), model.walk_along(z, FRAMES, batch.axis)
+        penalty = hamilton_jacobi(walk)
+    assert torch.equal(mixed, followed(model, z, batch.axis))
+    expected = model.walk_along(z, FRAMES, batch.axis)
+    assert all(map(torch.equal, walk, expected))
+    assert torch.equal(penalty, hamilton_jacobi(expected))
 
 
 def test_potentials_have_as_many_units_as_latent_variables_up_to_128():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flowing import FRAMES, SHAPE, Known, Moving, batch_of
+from flowing import FRAMES, SHAPE, Known, Moving, batch_of, followed
 from torch.distributions import Normal
 
 from tvae.config import EvaluationSettings
@@ -45,7 +45,7 @@ def test_an_evaluation_is_the_vaes_and_the_motion_is_the_flows(model, batch):
     assert LogLikelihood.build(model, Moving(), settings).forms == ("published", "bound")
 
     start = model.encode(batch, sample=False)[:, 0].flatten(1)
-    expected = model.path(model.follow(start, FRAMES, model.mix(batch.axis, FRAMES)))
+    expected = model.path(followed(model, start, batch.axis))
     torch.testing.assert_close(model.moved(batch), expected, **DOUBLE)
     with pytest.raises(ValueError, match=r"^a PoFlow got a batch without an axis"):
         model.moved(unknown)
@@ -57,7 +57,7 @@ def test_training_decodes_the_flow_and_pays_for_waves_and_for_what_its_posterior
     torch.manual_seed(2)
     (q,) = model.posterior(batch.images)
     z = q.mean + torch.randn(q.mean.shape, dtype=torch.float64) * q.stddev
-    points = model.follow(z[:, 0].flatten(1), FRAMES, model.mix(batch.axis, FRAMES))
+    points = followed(model, z[:, 0].flatten(1), batch.axis)
     path = model.path(points)
     kl = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum((2, 3))
     log_likelihood = model.likelihood.log_prob(model.decode(path), batch.images)

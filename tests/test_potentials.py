@@ -55,6 +55,42 @@ def test_closed_forms_are_what_automatic_differentiation_gives(size, hidden, sel
             torch.testing.assert_close(found.log_det(0.5)[row, i], half, **CLOSE)
 
 
+@pytest.mark.parametrize(("steps", "length"), [(1, 1.0), (4, 0.5)])
+def test_a_walk_and_its_gradient_are_those_of_one_step_after_the_other(steps, length):
+    p, times = potentials(5, 7, strength=20), torch.tensor([1, 2.5, 3, 80], dtype=torch.float64)[:steps]
+    z = torch.randn(K, N, 5, dtype=torch.float64, requires_grad=True)
+    point, points, gradients, rates = z, [z], [], []
+    for time in times:
+        u = p(point, time[None])
+        gradients.append(u.gradient())
+        rates.append(u.rate())
+        point = point + length * gradients[-1]
+        points.append(point)
+    expected = [torch.stack(x, 2) for x in (points, gradients, rates)]
+    found = p.walk(z, times, length)
+    seeds = [torch.randn_like(x) for x in expected]
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+    leaves = [z, *p.parameters()]
+    for used in ([0], [1], [2], [0, 1, 2]):  # as each is used alone, and as all are
+        wanted, actual = (
+            torch.autograd.grad([x[i] for i in used], leaves, [seeds[i] for i in used], retain_graph=True)
+            for x in (expected, found)
+        )
+        for x, y in zip(actual, wanted, strict=True):
+            assert y.abs().max() > 1e-3
+            torch.testing.assert_close(x, y, **CLOSE)
+    assert torch.equal(p.walk(z, times[:0]).points, z[:, :, None])
+
+
+def test_the_gradient_of_a_walk_has_none_and_says_so():
+    p = potentials(2, 3)
+    z = torch.randn(K, N, 2, dtype=torch.float64, requires_grad=True)
+    points = p.walk(z, torch.ones(2)).points
+    with pytest.raises(RuntimeError, match=r"^the gradient of a walk along potentials has none itself"):
+        torch.autograd.grad(points.sum(), z, create_graph=True)
+
+
 def test_the_definition_is_two_layers_of_tanh_and_sines_of_time():
     p = potentials(2, 3)
     z, t = torch.randn(2, dtype=torch.float64), 3.0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from flowing import FRAMES, SHAPE, Moving
+from flowing import FRAMES, SHAPE, Moving, followed
 from torch.distributions import Normal
 
 import tvae
@@ -45,7 +45,7 @@ def at_sample(model, batch, seed=2):
     frames = []
     for k in range(3):
         flow = torch.full((len(z),), k)
-        t = model.path(model.follow(z, FRAMES, model.mix(flow, FRAMES)))
+        t = model.path(followed(model, z, flow))
         frames.append(model.likelihood.log_prob(model.decode(t), batch.images))
     frames = torch.stack(frames)
     kl = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum((1, 2, 3))
@@ -68,7 +68,7 @@ def test_an_evaluation_takes_the_sum_over_all_flows(model, batch):
     assert torch.equal(elbo.objective, elbo.total)
     assert len(L.argmax(0).unique()) > 1
     z = elbo.t[:, 0].flatten(1)
-    heaviest = model.path(model.follow(z, FRAMES, model.mix(L.argmax(0), FRAMES)))
+    heaviest = model.path(followed(model, z, L.argmax(0)))
     torch.testing.assert_close(elbo.t, heaviest, **DOUBLE)
     assert model.training_calls == 0
     assert elbo.axis is None
@@ -154,7 +154,9 @@ def test_the_penalty_of_every_flow_counts_as_much_as_the_flow(model, batch):
     expected = 0
     for k in range(3):
         flow = torch.full((12,), k)
-        expected = expected + r[k] * model.hamilton_jacobi(model.follow(z, FRAMES, model.mix(flow, FRAMES)), flow)
+        u = model.potentials(followed(model, z, flow)[:, :-1], model.times(FRAMES, z), flow)
+        residual = u.rate() + u.gradient().square().sum(-1) / 2
+        expected = expected + r[k] * residual.clamp(min=0).square().mean(1)
     assert expected.min() > 1e-3
     torch.testing.assert_close(elbo.terms["hamilton_jacobi"], expected[:, None].expand(-1, FRAMES), **DOUBLE)
 
@@ -178,9 +180,9 @@ def test_the_flow_that_is_recognised_moves_a_sequence_whatever_it_is_told(model,
     assert k.dtype == torch.int64
     assert torch.equal(k, model.recogniser(batch.images).argmax(-1))
     assert len(k.unique()) > 1
-    expected = model.path(model.follow(model.start(batch), FRAMES, model.mix(k, FRAMES)))
+    expected = model.path(model.walk_along(model.start(batch), FRAMES, k).points)
     told = batch._replace(axis=(k + 1) % 3)
-    mix = model.mix((k + 1) % 3, FRAMES)
+    mix = torch.eye(3, dtype=torch.float64)[(k + 1) % 3][:, None].expand(-1, FRAMES - 1, -1)
     for found in (model.moved(batch), model.moved(told), model.moved(told, mix), model.encode(told, sample=False)):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     images = model.traversals(batch)

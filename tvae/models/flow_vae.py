@@ -22,7 +22,7 @@ from ..data import SequenceBatch, SequenceSource
 from ..settings import Count, Number, settings
 from .base import ELBO
 from .layers import STANDARD_NORMAL, Axis, Capsules, Frames, Images, Mix, exact, kl_from_prior
-from .potentials import Derivatives, Potentials, Values
+from .potentials import Points, Potentials, Walk
 from .vae import VAE
 
 _MOST_HIDDEN = 128  # units of a potential's layers
@@ -88,40 +88,40 @@ class PotentialFlow(VAE):
             )
         return batch.axis
 
-    def mix(self, flow: Axis, frames: int) -> Mix:
-        """Return the mix of sequences that one flow moves all along: rows of a 1 and zeros, one for every step."""
-        numbers = torch.arange(self.settings.transformations, device=flow.device)
-        rows = (flow[:, None] == numbers).to(self.potentials.w.dtype)
-        return rows[:, None].expand(-1, frames - 1, -1)
+    def walk(self, z: Points, frames: int) -> Walk:
+        """Move points `(K, B, n)` from the first frame to the last, each along the potential of its row.
 
-    def follow(self, z: Tensor, frames: int, mix: Mix | None = None, times: Tensor | None = None) -> Tensor:
-        """Move points along the gradients, from the first frame to the last, `m` steps a frame.
+        A frame leads to the next by `m` steps of length `1 / m`: number j of those to frame l is at time `l + j / m`.
+        """
+        with exact(z):
+            return self.potentials.walk(z, self.times(frames, z), 1 / self.settings.steps_per_frame)
 
-        The step number j of the m that lead to frame l is taken at the time `l + j / m`.
+    def walk_along(self, z: Float[Tensor, "batch size"], frames: int, flow: Axis) -> Walk:
+        """Move the points of sequences, each along the flow of its number: `(B, ...)` in place of `(K, B, ...)`."""
+        walk = self.walk(z.expand(self.settings.transformations, *z.shape), frames)
+        return Walk(*(chosen(x, flow) for x in walk))
 
-        Args:
-            z: points of the first frame, `(B, n)`; without a mix `(K, B, n)`, each moved by the flow of its row.
-            frames: their number S.
-            mix: how much of each flow every step takes, `(B, S - 1, K)`.
-            times: other times of the steps, `(B, (S - 1) m)`.
+    def follow(self, z: Float[Tensor, "batch size"], mix: Mix) -> Float[Tensor, "batch point size"]:
+        """Move points along a mix of flows, which says how much of each every step takes, `(B, S - 1, K)`.
+
+        A step takes the gradients of several potentials at the same point. Their time starts anew with another mix: a
+        potential has learnt to move what it moves from time 1 on.
 
         Returns:
-            All points on the way, `(..., (S - 1) m + 1, n)`.
+            All points on the way, `(B, (S - 1) m + 1, n)`.
 
         Raises:
             ValueError: the mix is of another shape.
 
         """
         count, m = self.settings.transformations, self.settings.steps_per_frame
-        if mix is not None and mix.shape != (len(z), frames - 1, count):
-            raise ValueError(f"mix must be of shape {(len(z), frames - 1, count)}, got {tuple(mix.shape)}")
-        points, times = [z], self.times(frames, z)[None] if times is None else times
+        if mix.ndim != 3 or (len(mix), mix.shape[2]) != (len(z), count):
+            raise ValueError(f"mix must be of shape ({len(z)}, frames - 1, {count}), got {tuple(mix.shape)}")
+        points = [z]
         with exact(z):
-            for i, time in enumerate(times.unbind(1)):
-                gradient = self.potentials(z if mix is None else z.expand(count, *z.shape), time).gradient()
-                if mix is not None:
-                    gradient = (mix[:, i // m].mT[..., None] * gradient).sum(0)
-                z = z + gradient / m
+            for i, time in enumerate(self.times_of(mix).unbind(1)):
+                gradients = self.potentials(z.expand(count, *z.shape), time).gradient()
+                z = z + (mix[:, i // m].mT[..., None] * gradients).sum(0) / m
                 points.append(z)
         return torch.stack(points, -2)
 
@@ -141,11 +141,6 @@ class PotentialFlow(VAE):
         """Take the capsules of every frame from all points on the way, `(..., S, C, D)`."""
         return points[..., :: self.settings.steps_per_frame, :].unflatten(-1, self.capsule_shape)
 
-    def on_the_way(self, points: Tensor, flow: Axis) -> Derivatives:
-        """Return the potentials at all points of paths `(B, (S - 1) m + 1, n)` that steps start from: not the last."""
-        m = self.settings.steps_per_frame
-        return self.potentials(points[:, :-1], self.times(1 + (points.shape[1] - 1) // m, points), flow)
-
     def start(self, batch: SequenceBatch) -> Tensor:
         """Return the posterior mean of the first frame, `(B, n)`."""
         (q,) = self.posterior(batch.images[:, :1])
@@ -154,17 +149,21 @@ class PotentialFlow(VAE):
     def moved(self, batch: SequenceBatch, mix: Mix | None = None) -> Capsules:
         """Return the path of the flows from the posterior mean of frame 0; by default each of the sequence's own.
 
-        A step takes the gradients of several potentials at the same point, each as much as the mix says, and time
-        starts anew with another mix: a potential has learnt to move what it moves from time 1 on.
+        Raises:
+            ValueError: the mix is not of every step.
+
         """
-        frames, times = batch.images.shape[1], None if mix is None else self.times_of(mix)
-        mix = self.mix(self.flow_of(batch), frames) if mix is None else mix
-        return self.path(self.follow(self.start(batch), frames, mix, times))
+        z, frames = self.start(batch), batch.images.shape[1]
+        if mix is None:
+            return self.path(self.walk_along(z, frames, self.flow_of(batch)).points)
+        if mix.shape[1] != frames - 1:
+            raise ValueError(f"mix must be of {frames - 1} steps, got {tuple(mix.shape)}")
+        return self.path(self.follow(z, mix))
 
     def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
         """Return the images of every flow from the posterior mean of frame 0, by the number of the flow."""
         count, frames, z = self.settings.transformations, batch.images.shape[1], self.start(batch)
-        paths = self.path(self.follow(z.expand(count, *z.shape), frames))
+        paths = self.path(self.walk(z.expand(count, *z.shape), frames).points)
         return {f"flow {k}": self.likelihood.mean(self.decode(path)) for k, path in enumerate(paths, 1)}
 
     @torch.no_grad()
@@ -176,7 +175,7 @@ class PotentialFlow(VAE):
         (A matrix is positive definite if and only if it has a Cholesky factor.)
         """
         flow, frames, m = self.flow_of(batch), batch.images.shape[1], self.settings.steps_per_frame
-        points = self.follow(self.start(batch), frames, self.mix(flow, frames))
+        points = self.walk_along(self.start(batch), frames, flow).points
         folding = []
         for point, time in zip(points.unbind(1), self.times(frames, points)[:, None], strict=False):
             convex = self.potentials(point[:, None], time, flow).hessian()[:, 0].double() / m
@@ -224,36 +223,25 @@ class FlowVAE(PotentialFlow):
         if not sample:
             return self.moved(batch)
         (q,) = self.posterior(batch.images)
-        frames = batch.images.shape[1]
-        return self.path(self.follow(q.rsample().flatten(1), frames, self.mix(self.flow_of(batch), frames)))
+        return self.path(self.walk_along(q.rsample().flatten(1), batch.images.shape[1], self.flow_of(batch)).points)
 
     def forward(self, batch: SequenceBatch) -> ELBO:
         """Return one sample of the evidence lower bound of every frame, its terms, and in training the penalty's."""
         (q,), frames = self.posterior(batch.images), batch.images.shape[1]
-        flow = self.flow_of(batch)
-        points = self.follow(self.drawn(q, batch).flatten(1), frames, self.mix(flow, frames))
-        elbo = self.bound(batch, self.path(points), {"kl_z": at_first(kl_from_prior(q), frames)})
+        walk = self.walk_along(self.drawn(q, batch).flatten(1), frames, self.flow_of(batch))
+        elbo = self.bound(batch, self.path(walk.points), {"kl_z": at_first(kl_from_prior(q), frames)})
         if not self.training:
             return elbo
-        penalty = self.hamilton_jacobi(points, flow)[:, None].expand(-1, frames)
+        penalty = hamilton_jacobi(walk)[:, None].expand(-1, frames)
         return elbo.penalised(self.settings.gamma * penalty, hamilton_jacobi=penalty)
-
-    def hamilton_jacobi(self, points: Tensor, flow: Axis) -> Float[Tensor, " batch"]:
-        """Return the mean of `max(r, 0)²` over the steps from the points of paths, `r` summed over latent variables.
-
-        The published equation is `r = f` for a force `f = -F² <= 0` that a network learns; the least of `(r + F²)²`
-        over all such forces is `max(r, 0)²`.
-        """
-        with exact(points):
-            return above_zero(self.on_the_way(points, flow)).mean(1)
 
     def log_weights(self, batch: SequenceBatch, samples: int) -> Iterator[Frames]:
         """Draw `log p(x|path)` of every frame `samples` times, in nats; what `z_0` costs is at frame 0."""
         (q,), frames = self.posterior(batch.images), batch.images.shape[1]
-        mix = self.mix(self.flow_of(batch), frames)
+        flow = self.flow_of(batch)
         for _ in range(samples):
             z = q.rsample()
-            t = self.path(self.follow(z.flatten(1), frames, mix))
+            t = self.path(self.walk_along(z.flatten(1), frames, flow).points)
             yield self.likelihood.log_prob(self.decode(t), batch.images) + at_first(log_ratio(z, q), frames)
 
     def sample(self, sequences: int, time: int, axis: Axis | None = None) -> Images:
@@ -269,12 +257,22 @@ class FlowVAE(PotentialFlow):
         z = torch.randn(sequences, math.prod(self.capsule_shape), device=device)
         if axis is None:
             axis = torch.randint(self.settings.transformations, (sequences,), device=device)
-        return self.likelihood.mean(self.decode(self.path(self.follow(z, time, self.mix(axis, time)))))
+        return self.likelihood.mean(self.decode(self.path(self.walk_along(z, time, axis).points)))
 
 
-def above_zero(u: Derivatives) -> Values:
-    """Return `max(r, 0)²` of the residual `r = ∂u/∂t + |∇u|² / 2` of a Hamilton-Jacobi equation."""
-    return (u.rate() + u.gradient().square().sum(-1) / 2).clamp(min=0).square()
+def hamilton_jacobi(walk: Walk) -> Tensor:
+    """Return the mean over steps of `max(r, 0)²` with `r = ∂u/∂t + |∇u|² / 2`, summed over latent variables.
+
+    The published equation is `r = f` for a force `f = -F² <= 0` that a network learns; the least of `(r + F²)²` over
+    all such forces is `max(r, 0)²`.
+    """
+    residual = walk.rates + walk.gradients.square().sum(-1) / 2
+    return residual.clamp(min=0).square().mean(-1)
+
+
+def chosen(x: Float[Tensor, "flow batch *other"], flow: Axis) -> Tensor:
+    """Take of every sequence what one of the flows makes of it, `(batch, *other)`."""
+    return x[flow, torch.arange(len(flow), device=flow.device)]
 
 
 def at_first(x: Float[Tensor, "batch 1"], frames: int) -> Frames:

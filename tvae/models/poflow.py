@@ -52,7 +52,7 @@ class PoFlow(PotentialFlow):
             return super().forward(batch)
         (q,), frames, flow = self.posterior(batch.images), batch.images.shape[1], self.flow_of(batch)
         z = self.drawn(q, batch)
-        points = self.follow(z[:, 0].flatten(1), frames, self.mix(flow, frames))
+        points = self.walk_along(z[:, 0].flatten(1), frames, flow).points
         path = self.path(points)
         elbo = self.bound(batch, path, {"kl_z": kl_from_prior(q)})
         waves = self.wave_residual(points, flow).square().unflatten(1, (frames - 1, -1)).mean(-1)
@@ -61,7 +61,8 @@ class PoFlow(PotentialFlow):
         return elbo.penalised(self.settings.gamma * waves + matching, wave=waves, matching=matching)
 
     def wave_residual(self, points: Tensor, flow: Axis) -> Float[Tensor, "batch step"]:
-        """Return `∂²u/∂t² - c² Δu` at the points that steps start from."""
+        """Return `∂²u/∂t² - c² Δu` at the points of a walk that steps start from: all but the last."""
         with exact(points):
-            u = self.on_the_way(points, flow)
+            times = self.times(1 + (points.shape[1] - 1) // self.settings.steps_per_frame, points)
+            u = self.potentials(points[:, :-1], times, flow)
             return u.second_rate() - self.c[flow, None].square() * u.laplacian()

@@ -2,7 +2,8 @@
 
 A gradient flow moves `z` along `∇u(z, t)`. Its training differentiates that again, penalties take `∂u/∂t`, `∂²u/∂t²`
 or the Laplacian: all of them are written out here, as plain products of matrices, instead of left to nested automatic
-differentiation. Arguments are `(potential P, point N, size n)` throughout.
+differentiation. So is the gradient of a walk along potentials, in which the weights of all steps have one product.
+Arguments are `(potential P, point N, size n)` throughout.
 """
 
 from __future__ import annotations
@@ -100,6 +101,14 @@ class Derivatives(NamedTuple):
         return torch.cat((G, A.expand_as(G)), -2), torch.cat((d2, d1), -1)
 
 
+class Walk(NamedTuple):
+    """Points that potentials move, `z_{i+1} = z_i + length · ∇u(z_i, t_i)`, and what the potentials are on the way."""
+
+    points: Float[Tensor, "potential point step+1 size"]  # z_0 ... z_T
+    gradients: Float[Tensor, "potential point step size"]  # ∇u at z_0 ... z_{T-1}
+    rates: Float[Tensor, "potential point step"]  # ∂u/∂t there
+
+
 class Potentials(nn.Module):
     """K potentials of points and time, each a network of two layers, whose derivatives are closed forms.
 
@@ -142,6 +151,89 @@ class Potentials(nn.Module):
         g2 = w[:, None] * (1 - h2.square())
         g1 = (g2 @ B) * (1 - h1.square())
         return Derivatives(weights, h1, h2, g1, g2, velocity, acceleration)
+
+    def walk(self, z: Points, times: Float[Tensor, " step"], length: float = 1.0) -> Walk:
+        """Move points along all K potentials, one step at each of the times.
+
+        Equivalent to `z = z + length * self(z, time).gradient()` for one time after the other, but that its gradient is
+        written by hand and has none itself.
+
+        Args:
+            z: the points of every potential, `(K, N, n)`.
+            times: of the steps, `(T,)`.
+            length: of a step.
+
+        Raises:
+            RuntimeError: in the backward pass, if a gradient of the gradient is asked for.
+
+        """
+        if len(times) == 0:
+            return Walk(z[:, :, None], z[:, :, None][:, :, :0], z.new_zeros(*z.shape[:2], 0))
+        e, velocity, _ = (x.to(z.dtype) @ self.C.mT for x in _features(times))
+        found = _Walked.apply(z, e, velocity, self.A, self.a, self.B, self.w, length)
+        return Walk(*(x.transpose(1, 2) for x in found))
+
+
+class _Walked(torch.autograd.Function):
+    """`Potentials.walk` with the step before the point, `(P, T, N, ...)`.
+
+    With `y1 = A z + a` and `y2 = B h1 + C e`, and `Δ` for the gradient of what the walk is used for, each step back is
+
+        Δg1 = A Δ∇u        Δg2 = B (Δg1 (1 - h1²)) + Δ(∂u/∂t) C ė        Δy2 = -2 h2 g2 Δg2
+        Δy1 = (Bᵀ Δy2 - 2 h1 (Bᵀ g2) Δg1) (1 - h1²)        Δz_i += Δz_{i+1} + Aᵀ Δy1,  Δ∇u_{i-1} += length · Δz_i
+
+    and weights, which all steps share, have sums over all of them in one product each.
+    """
+
+    @staticmethod
+    def forward(ctx, z, e, velocity, A, a, B, w, length):
+        """Return points, gradients and rates."""
+        points, gradients, kept = [z], [], []
+        for now in e.unbind(1):
+            h1 = torch.baddbmm(a[:, None], z, A.mT).tanh_()
+            h2 = torch.baddbmm(now[:, None], h1, B.mT).tanh_()
+            g2 = w[:, None] * (1 - h2.square())
+            below = g2 @ B
+            g1 = below * (1 - h1.square())
+            gradients.append(g1 @ A)
+            z = torch.add(z, gradients[-1], alpha=length)
+            points.append(z)
+            kept.append((h1, h2, below, g1, g2))
+        points, gradients = torch.stack(points, 1), torch.stack(gradients, 1)
+        h1, h2, below, g1, g2 = (torch.stack(x, 1) for x in zip(*kept, strict=True))
+        ctx.save_for_backward(points, velocity, A, B, h1, h2, below, g1, g2)
+        ctx.length = length
+        return points, gradients, (g2 * velocity[:, :, None]).sum(-1)
+
+    @staticmethod
+    def backward(ctx, d_points, d_gradients, d_rates):
+        """Go back step by step for the points; then sum over all steps for the weights."""
+        if torch.is_grad_enabled():  # what is kept is no input, so that the gradient would lack a part
+            raise RuntimeError("the gradient of a walk along potentials has none itself: take Potentials step by step")
+        points, velocity, A, B, h1, h2, below, g1, g2 = ctx.saved_tensors
+        slope, bent1, bent2 = 1 - h1.square(), -2 * h1 * below, -2 * h2 * g2
+        d_moving = d_rates[..., None] * velocity[:, :, None]
+        dz, steps = d_points[:, -1], []
+        for i in reversed(range(h1.shape[1])):
+            d_gradient = torch.add(d_gradients[:, i], dz, alpha=ctx.length)
+            d_g1 = d_gradient @ A.mT
+            d_below = d_g1 * slope[:, i]
+            d_g2 = torch.baddbmm(d_moving[:, i], d_below, B.mT)
+            d_y2 = bent2[:, i] * d_g2
+            d_y1 = torch.baddbmm(bent1[:, i] * d_g1, d_y2, B) * slope[:, i]
+            dz = torch.baddbmm(d_points[:, i] + dz, d_y1, A)
+            steps.append((d_gradient, d_below, d_g2, d_y1, d_y2))
+        d_gradient, d_below, d_g2, d_y1, d_y2 = (torch.stack(x[::-1], 1) for x in zip(*steps, strict=True))
+        dA = _product(d_y1, points[:, :-1]) + _product(g1, d_gradient)
+        dB = _product(d_y2, h1) + _product(g2, d_below)
+        d_velocity = (d_rates[..., None] * g2).sum(2)
+        dw = (d_g2 * (1 - h2.square())).sum((1, 2))
+        return dz, d_y2.sum(2), d_velocity, dA, d_y1.sum((1, 2)), dB, dw, None
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Return `Σ xᵀ y` over all steps and points, `(P, T, N, ...)`."""
+    return x.flatten(1, 2).mT @ y.flatten(1, 2)
 
 
 def _features(time: Tensor) -> tuple[Tensor, Tensor, Tensor]:

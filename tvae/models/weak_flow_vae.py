@@ -13,8 +13,9 @@ from torch import Tensor
 from ..data import SequenceBatch, SequenceSource
 from ..settings import Count, settings
 from .base import ELBO
-from .flow_vae import FlowSettings, FlowVAE, above_zero, at_first, log_ratio
-from .layers import MLP, Axis, Capsules, Frames, Images, Mix, exact, kl_from_prior
+from .flow_vae import FlowSettings, FlowVAE, at_first, chosen, hamilton_jacobi, log_ratio
+from .layers import MLP, Axis, Capsules, Frames, Images, Mix, kl_from_prior
+from .potentials import Walk
 
 _RECOGNISER = 256  # hidden units of the network that recognises transformations
 _HOTTEST = 10.0  # temperature that flows share sequences at when training starts
@@ -121,7 +122,7 @@ class WeakFlowVAE(FlowVAE):
         self.check_whole(batch)
         x, frames = batch.images, batch.images.shape[1]
         (q,) = self.posterior(x)
-        points, likelihoods = self.by_flow(self.drawn(q, batch), x)
+        walk, likelihoods = self.by_flow(self.drawn(q, batch), x)
         totals = likelihoods.sum(-1)
         log_r = self.balanced(totals) if self.training else totals.log_softmax(0)
         r = log_r.exp()
@@ -129,29 +130,21 @@ class WeakFlowVAE(FlowVAE):
         costs = {name: at_first(cost, frames) for name, cost in costs.items()}
         log_likelihood = (r[..., None] * likelihoods).sum(0)
         total = log_likelihood - sum(costs.values())
-        t = chosen(self.path(points), r.argmax(0))
+        t = self.path(chosen(walk.points, r.argmax(0)))
         elbo = ELBO(total, {"log_likelihood": log_likelihood, **costs}, total, t, self.axis(batch))
         if not self.training:
             return elbo
-        jacobi = (r * self.hamilton_jacobi_by_flow(points)).sum(0)[:, None].expand(-1, frames)
+        jacobi = (r * hamilton_jacobi(walk)).sum(0)[:, None].expand(-1, frames)
         cross_entropy = -(r.mT * self.recognised(x)).sum(-1, keepdim=True).expand(-1, frames)
         penalty = self.settings.gamma * jacobi + cross_entropy
         return elbo.penalised(penalty, hamilton_jacobi=jacobi, cross_entropy=cross_entropy)
 
-    def by_flow(self, z: Capsules, x: Images) -> tuple[Tensor, Float[Tensor, "flow batch time"]]:
-        """Return all points of the paths of every flow from `z_0`, and the log-likelihood of every frame on them."""
-        z, count = z.flatten(1), self.settings.transformations
-        points = self.follow(z.expand(count, *z.shape), x.shape[1])
-        decoded = self.decode(self.path(points).flatten(0, 1)).unflatten(0, points.shape[:2])
-        return points, self.likelihood.log_prob(decoded, x.expand_as(decoded))
-
-    def hamilton_jacobi_by_flow(self, points: Float[Tensor, "flow batch point size"]) -> ByFlow:
-        """Return the mean of `max(r, 0)²` over the steps from the points of paths of every flow."""
-        starts = points[:, :, :-1]
-        _, count, steps, _ = starts.shape
-        times = self.times(1 + steps // self.settings.steps_per_frame, points).repeat(count)
-        with exact(points):
-            return above_zero(self.potentials(starts.flatten(1, 2), times)).unflatten(1, (count, steps)).mean(-1)
+    def by_flow(self, z: Capsules, x: Images) -> tuple[Walk, Float[Tensor, "flow batch time"]]:
+        """Return the walk along every flow from `z_0`, and the log-likelihood of every frame on it."""
+        z = z.flatten(1)
+        walk = self.walk(z.expand(self.settings.transformations, *z.shape), x.shape[1])
+        decoded = self.decode(self.path(walk.points).flatten(0, 1)).unflatten(0, walk.points.shape[:2])
+        return walk, self.likelihood.log_prob(decoded, x.expand_as(decoded))
 
     @torch.no_grad()
     def balanced(self, totals: ByFlow) -> ByFlow:
@@ -185,8 +178,3 @@ def balance(scores: ByFlow) -> Float[Tensor, "flow 1"]:
         shares = (scores + biases).log_softmax(0).logsumexp(1, keepdim=True) - math.log(batch)
         biases = biases - shares - math.log(count)
     return biases
-
-
-def chosen(x: Float[Tensor, "flow batch *other"], flow: Axis) -> Tensor:
-    """Take of every sequence what one of the flows makes of it, `(batch, *other)`."""
-    return x[flow, torch.arange(len(flow), device=flow.device)]

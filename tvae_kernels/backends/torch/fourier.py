@@ -89,7 +89,7 @@ def _gradient(
     spectrum = du = None
     shape = g[batch].shape[0], len(frames), *g.shape[2:]
     for row, (there, source) in enumerate(reached):
-        if not len(source):  # no window has this tap in these frames: not even 0 times what is there is added
+        if not len(source):  # no window has this tap in these frames, and transforms refuse what is empty
             continue
         x = shifts.shifted(row, batch, range(frames.start + there.start, frames.start + there.stop))
         taken = [_taken(column, range(source.start - first, source.stop - first)) for column in columns]
