@@ -167,6 +167,18 @@ def test_the_readme_has_the_rivals_numbers_of_the_committed_result(label):
     assert [text.strip() for text in line[1].split("|")] == texts
 
 
+def test_the_readme_has_the_clusters_of_the_committed_result():
+    rows = json.loads((ROOT / "results/rivals/clusters.json").read_text())["rows"]
+    rows = {(row["preset"], row["part"]): row for row in rows}
+    turned, shifted = "mnist-posed-clustervae", "mnist-posed-shift-clustervae"
+    values = [f"{rows[preset, 'ACC']['ours']:.3f}" for preset in (turned, shifted)]
+    values += [f"{rows[preset, 'pose error']['ours']:.1f}" for preset in (turned, shifted)]
+    values += [f"{rows[preset, 'ACC, k-means on pixels']['ours']:.3f}" for preset in (turned, shifted)]
+    values += [f"{rows[turned, 'ACC, k-means on upright pixels']['ours']:.3f}", f"{rows[turned, 'ACC']['chance']:.3f}"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("results/rivals/clusters.json")[-1].split("```")[0]
+    assert re.findall(r"\d\.\d+", page) == values
+
+
 def test_clusters_stand_in_the_place_of_their_class(mnist_dir, monkeypatch):
     source = open_source("mnist-posed", "test", mnist_dir)
     torch.manual_seed(0)
