@@ -120,6 +120,7 @@ def test_train_ends_with_a_table_of_metrics_and_the_path_of_the_figure(capsys):
         "metrics.csv",
         "model.safetensors",
         "tensorboard",
+        "validation.csv",
     }
 
 

@@ -25,7 +25,7 @@ from tvae.data import DataError, SequenceStream, dsprites, open_source
 from tvae.metrics import Row
 from tvae.models import TVAE, VAE, SequenceModel
 from tvae.training import Run, RunError, build_optimizer, train
-from tvae.training.run import rows_until
+from tvae.training.log import rows_until
 from tvae_kernels import Neighborhood
 
 pytestmark = pytest.mark.slow  # mark what is not `quick`

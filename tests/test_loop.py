@@ -216,7 +216,7 @@ def seeded(*seeds):
 
 def test_sequences_that_are_open_are_not_opened_again(tmp_path, monkeypatch):
     sources = Sources(SMALL)
-    source = sources["train"]
+    source, _ = sources["train"], sources["validation"]
     monkeypatch.setattr(Config, "open_source", None)  # may not be called
     assert train(Run.create(tmp_path / "run", with_training(SMALL, steps=2)), "cpu", sources=sources) is not None
     assert sources["train"] is source

@@ -183,7 +183,14 @@ def test_files_are_written_once(trained):
     folder, _, _ = trained
     assert len(list((folder / "whole/tensorboard").iterdir())) == 1
     names = {file.name for file in (folder / "whole").iterdir()} - {"lock"}
-    assert names == {"checkpoint.safetensors", "config.json", "metrics.csv", "model.safetensors", "tensorboard"}
+    assert names == {
+        "checkpoint.safetensors",
+        "config.json",
+        "metrics.csv",
+        "model.safetensors",
+        "tensorboard",
+        "validation.csv",
+    }
 
 
 def test_processes_that_do_not_share_the_folder_of_a_run_are_refused(trained):

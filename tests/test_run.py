@@ -15,7 +15,7 @@ from tvae import files
 from tvae.config import Config, DataSettings, TrainingSettings
 from tvae.models import TVAE
 from tvae.training import Run, RunError, build_optimizer, train
-from tvae.training.run import rows_until
+from tvae.training.log import rows_until
 from tvae_kernels import Neighborhood
 
 SMALL = Config(
@@ -69,6 +69,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     assert train(Run.open(run.path), "cpu") is not None
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread raises, too
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_state(tmp_path):
     whole, run = Run.create(tmp_path / "whole", SMALL), Run.create(tmp_path / "run", SMALL)
     assert train(whole, "cpu") is not None

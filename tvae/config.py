@@ -224,7 +224,7 @@ class Sources:
         self.device = torch.device(device)
         self._opened: dict[str, SequenceSource] = {}
 
-    def __getitem__(self, split: Literal["train", "test"]) -> SequenceSource:
+    def __getitem__(self, split: Literal["train", "validation", "test"]) -> SequenceSource:
         if split not in self._opened:
             self._opened[split] = self.config.open_source(split, self.device)
         return self._opened[split]

@@ -7,27 +7,34 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.loggers import Logger
 from torch.optim import SGD, Adam, Optimizer
 
 from tvae_kernels import Neighborhood
 
 from ..config import Config, Sources, StepKind, TrainingSettings, check_run
-from ..data import SequenceSource, SequenceStream
+from ..data import EVALUATION_SEED, FixedSequences, SequenceSource, SequenceStream
+from ..figures import traversal_panels
 from ..metrics import equivariance_error
 from ..models import ELBO, SequenceModel
 from ..progress import progress
+from .log import LoggerKind, TrainingLog
 from .processes import find_device, highest, launch, mean, on_first
-from .run import MetricsLog, Run, RunError
+from .run import Run, RunError
 from .steps import build_step, matmul_precision
 
 LOG_EVERY = 25  # steps
 CHECKPOINT_EVERY = 500  # steps
+VALIDATION_SEQUENCES = 64
+
+Callback = Callable[[int, dict[str, float], SequenceModel], object]
 
 
 def train(
@@ -36,6 +43,8 @@ def train(
     show_progress: bool = True,
     step: StepKind = "eager",
     sources: Sources | None = None,
+    logger: LoggerKind | Logger = "tensorboard",
+    callback: Callback | None = None,
 ) -> SequenceModel | None:
     """Train the model of a run to the end of its steps, from its last checkpoint where it has one.
 
@@ -50,6 +59,9 @@ def train(
         show_progress: draw a progress bar.
         step: how the machine takes a step, as in `build_step`; the result is the same within float32 rounding.
         sources: the sequences of the run's configuration, where they are open already.
+        logger: what shows the course of training, as in `TrainingLog`.
+        callback: called in the first process with the step, the values of its batch, as in metrics.csv, and the model,
+            whenever they are logged: every 25 steps, and after the last one.
 
     Returns:
         The trained model, which is written, too; None when training was interrupted and its state saved.
@@ -66,11 +78,17 @@ def train(
     check_run(run.config, step, fabric.device, fabric.world_size)
     lock = on_first(fabric, run.lock)
     with nullcontext() if lock is None else lock:  # which the first process holds for all
-        return _train(fabric, run, sources, step, show_progress)
+        return _train(fabric, run, sources, step, show_progress, logger, callback)
 
 
 def _train(
-    fabric: Fabric, run: Run, sources: Sources | None, step: StepKind, show_progress: bool
+    fabric: Fabric,
+    run: Run,
+    sources: Sources | None,
+    step: StepKind,
+    show_progress: bool,
+    logger: LoggerKind | Logger,
+    callback: Callback | None,
 ) -> SequenceModel | None:
     """Train a run that no other process is at work in, as `train` says."""
     config, settings = run.config, run.config.training
@@ -91,7 +109,7 @@ def _train(
 
     take_step = build_step(step, settings.precision, fabric, model, optimizer, stream)
     done, stop = first_step, 0
-    log = on_first(fabric, MetricsLog, run, first_step)
+    log = on_first(fabric, TrainingLog, run, first_step, logger)
     with (
         matmul_precision(settings.precision),
         closing(log) if fabric.is_global_zero else nullcontext(),
@@ -110,9 +128,14 @@ def _train(
                 if not math.isfinite(values["loss"]):  # which it is not where that of any process is not
                     raise RunError(f"the loss is {values['loss']} in step {done}; {run.advice_after_divergence()}")
                 on_first(fabric, lambda: log.log(done, values))  # noqa: B023 - called at once
+                if callback is not None and fabric.is_global_zero:
+                    callback(done, values, model.module)
                 show(done, described(values, (done - first_step) / (time.perf_counter() - start)))
             (stop,) = highest(fabric, interrupted())  # the same in all processes; SIGTERM outranks SIGINT
-            if done % CHECKPOINT_EVERY == 0 or done == settings.steps or stop:
+            regular = done % CHECKPOINT_EVERY == 0 or done == settings.steps
+            if regular:  # and not where a run is interrupted, so that a resumed one has the same rows
+                on_first(fabric, look, log, done, model.module, sources)
+            if regular or stop:
                 on_first(fabric, run.save_checkpoint, done, model, optimizer)
             if stop:
                 break
@@ -154,6 +177,30 @@ def measure(elbo: ELBO, rolls: Neighborhood | None) -> dict[str, float]:
     if rolls is not None:
         values["equivariance_error"] = equivariance_error(elbo.t, rolls, elbo.axis).mean().item()
     return values
+
+
+def look(log: TrainingLog, step: int, model: SequenceModel, sources: Sources) -> None:
+    """Log how well a model does with sequences that it is not trained on, and show what it makes of some."""
+    source, size = sources["validation"], sources.config.training.batch_size
+    training = model.training
+    log.log(step, validate(model, FixedSequences.take(source, VALIDATION_SEQUENCES, size)), "validation")
+    if log.shows_images and source.sequence_length > 1:
+        for panel in traversal_panels(model, source):
+            log.show(step, panel.title, panel.images)
+    model.train(training)
+
+
+@torch.no_grad()
+def validate(model: SequenceModel, sequences: FixedSequences) -> dict[str, float]:
+    """Measure a model on fixed sequences as `measure` does a batch, with noise of its own."""
+    device, total = sequences.source.device, Counter()
+    model.eval()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(EVALUATION_SEED)
+        for batch in sequences.batches:
+            total.update({name: len(batch.images) * x for name, x in measure(model(batch), model.rolls).items()})
+    count = sum(len(batch.images) for batch in sequences.batches)
+    return {name: x / count for name, x in total.items()}
 
 
 def described(values: dict[str, float], rate: float) -> str:

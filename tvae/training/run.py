@@ -1,20 +1,21 @@
 """A run directory: the configuration, the checkpoint, the metrics over time and the results of one training run.
 
     config.json              everything that decides the result
-    metrics.csv, tensorboard the course of training
+    metrics.csv              the course of training
+    validation.csv           the same on sequences that no model is trained on, at every checkpoint
+    tensorboard              both, and what the model makes of some of these sequences
     checkpoint.safetensors   weights and optimiser state, replaced at every checkpoint
     model.safetensors        the trained model, for `tvae.load`
     evaluation.json          metrics on the test set beside their chance levels
     figures/                 capsule traversals
 
 Nothing in it is a pickle. A checkpoint does not know how many processes trained together. It and the rows of
-metrics.csv up to its step are on the disk before it takes the place of the one before, so that a run that is killed,
+both logs up to its step are on the disk before it takes the place of the one before, so that a run that is killed,
 or whose machine loses power, goes on from it.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Config
 from ..files import checksum, replacing, sync, write_text
@@ -46,6 +46,7 @@ class Run:
         self.config = config
         self.checkpoint = path / "checkpoint.safetensors"
         self.metrics = path / "metrics.csv"
+        self.validation = path / "validation.csv"
         self.model_file = path / "model.safetensors"
         self.evaluation_file = path / "evaluation.json"
         self.figures = path / "figures"
@@ -182,8 +183,9 @@ class Run:
         metadata = {"step": str(step), "param_groups": groups, "checksum": checksum(tensors, str(step))}
         with self.writing(), replacing(self.checkpoint) as partial:
             partial.write_bytes(save(tensors, metadata))  # save_file, when killed, leaves a hidden file behind
-            if self.metrics.exists():
-                sync(self.metrics)
+            for log in (self.metrics, self.validation):
+                if log.exists():
+                    sync(log)
 
     def load_checkpoint(self, model: nn.Module, optimizer: Optimizer) -> int:
         """Restore the last checkpoint, where there is one, and return the number of steps done.
@@ -270,98 +272,3 @@ def _check_tensors(found: dict[str, str], wanted: dict[str, str]) -> None:
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise ValueError(f"{name} is {found.get(name, 'missing')}, should be {wanted.get(name, 'none')}")
-
-
-class MetricsLog:
-    """The course of training, as a CSV file and as TensorBoard events.
-
-    Opened again after `step` steps it forgets what was logged later, so that a resumed run leaves the same rows as an
-    uninterrupted one. (The CSV logger of Lightning Fabric deletes the old file instead.)
-
-    Raises:
-        RunError: here and in every method, where the disk is full.
-
-    """
-
-    def __init__(self, run: Run, step: int):
-        self._run = run
-        self._columns: list[str] | None = None
-        with run.writing():
-            rows = _rows_of(run, step) if run.metrics.exists() else b""
-            if rows:
-                with replacing(run.metrics) as partial:
-                    partial.write_bytes(rows)
-            else:
-                run.metrics.unlink(missing_ok=True)
-            self._tensorboard = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one row; every row has the columns of the first, which an older version may have written."""
-        row = {"step": step, **values}
-        with self._run.writing():
-            if self._columns is None and self._run.metrics.exists():
-                self._columns = _columns(self._run.metrics.read_bytes())
-                if not {"step", "loss"} <= set(self._columns) <= set(row):
-                    names = ", ".join(self._columns)
-                    raise RunError(f"{self._run.metrics} has the columns {names}, should have {', '.join(row)}")
-            with self._run.metrics.open("a", newline="") as file:
-                writer = csv.DictWriter(file, self._columns or row.keys(), extrasaction="ignore")
-                if self._columns is None:
-                    writer.writeheader()
-                    self._columns = list(row)
-                writer.writerow(row)
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"train/{name}", value, step)
-
-    def close(self) -> None:
-        """Write out what TensorBoard still holds back."""
-        with self._run.writing():
-            self._tensorboard.close()
-
-
-def _rows_of(run: Run, step: int) -> bytes:
-    """Return the header and the rows of a run's log up to some step."""
-    try:
-        return rows_until(step, run.metrics.read_bytes())
-    except ValueError as error:
-        raise RunError(f"{run.metrics} is damaged: {error}; mend it, or move it away to begin a new one") from error
-
-
-def _columns(log: bytes) -> list[str]:
-    """Return the names in the header of a metrics.csv."""
-    return log.partition(b"\n")[0].decode("ascii", "backslashreplace").strip().split(",")
-
-
-def rows_until(step: int, log: bytes) -> bytes:
-    """Return the header and the rows of a metrics.csv up to some step; nothing, where there is no such row.
-
-    What follows may be half a row, or anything, if a crash has cut it off: only what a checkpoint follows is sure.
-
-    Raises:
-        ValueError: rows up to the step are damaged, too, for one of them stands behind what is none.
-
-    """
-    header, *rows = log.splitlines(keepends=True) or [b""]
-    columns, kept, last = header.count(b",") + 1, 0, 0
-    for row in rows:
-        if not _is_whole(row, columns) or not last < _number_of(row) <= step:
-            break
-        kept, last = kept + 1, _number_of(row)
-    ended = kept == len(rows) or (kept == len(rows) - 1 and not rows[kept].endswith(b"\n"))  # or cut off within a row
-    if not ended and any(last < _number_of(row) <= step for row in rows[kept:]):
-        raise ValueError(f"line {kept + 2} is {rows[kept][:60]!r}")
-    return header + b"".join(rows[:kept]) if kept else b""
-
-
-def _is_whole(row: bytes, columns: int) -> bool:
-    """Say whether a row is one of numbers, as many as there are columns."""
-    try:
-        return row.endswith(b"\n") and len(list(map(float, row.split(b",")))) == columns
-    except ValueError:
-        return False
-
-
-def _number_of(row: bytes) -> int:
-    """Return the step that a row begins with, -1 for what is none."""
-    number = row.partition(b",")[0]
-    return int(number) if number.isdigit() and len(number) < 20 else -1
