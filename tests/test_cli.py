@@ -24,7 +24,7 @@ from acting import room_for
 from filelock import FileLock
 from rich.console import Console
 
-from tvae import cli, evaluation, presets, progress
+from tvae import cli, config, evaluation, presets, progress
 from tvae.data.sprites import SpriteSequences
 from tvae.metrics import Row
 from tvae.models import MODELS, BetaVAE, FactorVAE, FlowVAE, PoFlow, SlowVAE, load
@@ -136,6 +136,30 @@ def test_evaluate_gives_the_same_figures_again(trained, capsys):
     assert metrics["elbo", None]["value"] == pytest.approx(
         metrics["elbo", "log_likelihood"]["value"] - metrics["elbo", "kl_z"]["value"] - metrics["elbo", "kl_u"]["value"]
     )
+
+
+def test_an_evaluation_by_other_settings_is_printed_alone(trained, capsys):
+    file = trained / "runs/quickstart/evaluation.json"
+    before = file.read_bytes()
+    assert tvae("evaluate runs/quickstart --sequences 16 --importance-samples 3") == 0
+    printed = capsys.readouterr().out
+    assert "16 test sequences" in printed
+    assert "3 samples" in printed
+    assert file.read_bytes() == before
+    assert tvae("evaluate runs/quickstart --sequences 0") == 2
+    assert "sequences: input should be greater than or equal to 1, got 0" in capsys.readouterr().err
+
+
+def test_an_evaluation_for_programs_is_what_the_file_holds(trained, capsys):
+    assert tvae("evaluate runs/quickstart --json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((trained / "runs/quickstart/evaluation.json").read_text())
+
+
+def test_a_logger_that_is_missing_is_said_before_a_run_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    assert tvae(f"train {TINY} --logger wandb --run-dir run") == 2
+    assert error(capsys) == "--logger wandb needs the package wandb: pip install wandb"
+    assert not Path("run").exists()
 
 
 def test_traverse_draws_the_figure_again(trained):
@@ -279,7 +303,7 @@ OPTIONS = {
 }
 OPTIONS["bubblevae"] = OPTIONS["tvae"]
 COMMON = {"--run-dir", "--model", "--data", "--evaluation-data", "--data-dir", "--learning-rate", "--steps", "--seed"}
-COMMON |= {"--optimizer", "--momentum", "--batch-size", "--precision", "--device", "--step"}
+COMMON |= {"--optimizer", "--momentum", "--batch-size", "--precision", "--device", "--step", "--logger"}
 COMMON |= {"--evaluation-sequences", "--importance-samples", "--help"}
 
 

@@ -52,7 +52,7 @@ LAYERS = {
         ("metrics.mixing", "metrics.vp"),
         ("metrics",),
         ("evaluation", "presets", "training.run"),
-        ("training.processes", "training.steps"),
+        ("training.log", "training.processes", "training.steps"),
         ("training.loop",),
         ("training",),
         ("paper.runs",),
@@ -67,7 +67,7 @@ LAYERS = {
 # some data needs may be missing; and the command line can do without what takes seconds for help and errors.
 LATE = {
     "tvae_kernels": {"_check_triton", "_import_triton", "fuses_latents"},
-    "tvae": {"_read_mnist", "_opened_hdf5", "launch", "_train", "_report", "_draw", "run", "main"},
+    "tvae": {"_read_mnist", "_opened_hdf5", "launch", "_made", "_train", "_report", "_draw", "run", "main"},
 }
 packages = pytest.mark.parametrize("package", LAYERS)
 

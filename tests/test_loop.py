@@ -4,17 +4,21 @@ import csv
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from acting import Acting, interrupted_at, often, with_model, with_training
+from lightning_fabric.loggers.logger import Logger
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tvae.config
 from tvae.config import Config, DataSettings, Sources, TrainingSettings
-from tvae.data import SequenceStream
+from tvae.data import FixedSequences, SequenceStream
 from tvae.metrics import equivariance_error
 from tvae.models import TVAE
-from tvae.training import Run, RunError, build_optimizer, build_step, train, untrained_model
+from tvae.training import Run, RunError, build_optimizer, build_step, loop, train, untrained_model
 from tvae.training.loop import seed_noise
 from tvae.training.processes import find_device, launch
 from tvae_kernels import Neighborhood
@@ -91,6 +95,92 @@ def test_metrics_are_logged_with_the_values_of_the_batch(tmp_path):
     assert list((run.path / "tensorboard").glob("events.*"))
 
 
+def test_validation_is_of_fixed_sequences_that_no_step_sees(tmp_path, monkeypatch):
+    """At every checkpoint, by the weights that it has."""
+    run = Run.create(tmp_path / "run", SMALL)
+    calls, opened, open_source = [], [], Config.open_source
+
+    def note(config, split, *arguments):
+        opened.append(split)
+        return open_source(config, split, *arguments)
+
+    monkeypatch.setattr(Config, "open_source", note)
+    model = train(run, "cpu", callback=lambda step, values, model: calls.append((step, values, model.training)))
+    with run.validation.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["step"] for row in found] == ["5", "10", "12"]
+    sequences = FixedSequences.take(SMALL.open_source("validation"), 64, SMALL.training.batch_size)
+    terms, weights = {}, []
+    for batch in sequences.batches:
+        torch.manual_seed(0)
+        values = loop.measure(model.eval()(batch), model.rolls)
+        weights.append(len(batch.images))
+        for name, value in values.items():
+            terms.setdefault(name, []).append(value)
+    assert list(found[-1]) == ["step", *terms]
+    for name, values in terms.items():  # with other noise, of some hundred frames
+        assert float(found[-1][name]) == pytest.approx(np.average(values, weights=weights), rel=0.05)
+    assert opened == ["train", "validation", "validation"]  # the last one here
+    assert [step for step, _, _ in calls] == [2, 4, 6, 8, 10, 12]
+    assert all(training for *_, training in calls)
+    for (_, values, _), row in zip(calls, rows(run), strict=True):
+        assert {name: float(x) for name, x in row.items() if name != "step"} == pytest.approx(values)
+
+
+def test_what_is_shown_in_a_browser(tmp_path):
+    """Numbers of both parts, and what the model makes of a sequence of every transformation."""
+    run = Run.create(tmp_path / "run", SMALL)
+    train(run, "cpu")
+    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert {"train/loss", "train/kl_z", "validation/loss", "validation/kl_u"} <= set(events.Tags()["scalars"])
+    for part, file in (("train", run.metrics), ("validation", run.validation)):
+        with file.open(newline="") as log:
+            expected = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(log)}
+        shown = {event.step: event.value for event in events.Scalars(f"{part}/loss")}
+        assert shown == pytest.approx(expected)
+    assert set(events.Tags()["images"]) == {"scale", "orientation", "x", "y"}
+    (*_, last) = events.Images("x")
+    assert (last.step, last.width, last.height) == (12, 15 * 64, 3 * 64)
+
+
+class Noted(Logger):
+    """A logger of one's own."""
+
+    name, version = "noted", 0
+
+    def __init__(self):
+        self.values = []
+
+    def log_metrics(self, metrics, step=None):
+        self.values.append((step, metrics))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("logger", ["none", Noted()], ids=["none", "own"])
+def test_other_loggers(logger, tmp_path):
+    run = Run.create(tmp_path / "run", SMALL)
+    train(run, "cpu", logger=logger)
+    assert not (run.path / "tensorboard").exists()
+    assert [row["step"] for row in rows(run)] == ["2", "4", "6", "8", "10", "12"]
+    if logger != "none":
+        steps = [step for step, _ in logger.values]
+        assert steps == [2, 4, 5, 6, 8, 10, 10, 12, 12]
+        assert {name.split("/")[0] for _, values in logger.values for name in values} == {"train", "validation"}
+        assert logger.values[-2][1]["train/loss"] == float(rows(run)[-1]["loss"])
+
+
+def test_loggers_that_there_are_not_are_named(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", SMALL)
+    with pytest.raises(ValueError, match=r"^logger must be one of tensorboard, wandb, none, .*; got 'visdom'"):
+        train(run, "cpu", logger="visdom")
+    monkeypatch.setattr(tvae.config, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^--logger wandb needs the package wandb: pip install wandb"):
+        train(run, "cpu", logger="wandb")
+    assert not run.checkpoint.exists()
+
+
 def elbos(config):
     """What the steps of a training return, taken one by one."""
     fabric, settings, source = launch(find_device("cpu")), config.training, config.open_source("train")
@@ -129,6 +219,7 @@ def assert_equal_runs(run, whole):
         assert torch.equal(state[name], expected), name
     assert run.model_file.read_bytes() == whole.model_file.read_bytes()
     assert run.metrics.read_text() == whole.metrics.read_text()
+    assert run.validation.read_text() == whole.validation.read_text()
 
 
 @pytest.fixture(scope="module")

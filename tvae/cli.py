@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
-from .config import Config, Sources, StepKind, check_run, choices
+from .config import Config, EvaluationSettings, LoggerKind, Sources, StepKind, check_logger, check_run, choices
 from .data import CACHE, SOURCES, DataError, FixedSequences, SequenceSource, SequenceStream
 from .data.dsprites import DSpritesSequences
 from .files import expanded
@@ -77,6 +77,9 @@ class Train:
     step: StepKind = "eager"
     """How a step is taken, to the same result within rounding: one operation at a time, the model compiled by
     torch.compile, or the whole step as a CUDA graph, which takes a GPU."""
+    logger: LoggerKind = "tensorboard"
+    """Where the course of training is shown, beside the run's metrics.csv and validation.csv: in the run for
+    TensorBoard, with what the model makes of some sequences, at Weights & Biases, or nowhere."""
 
     def run(self) -> int:
         """Carry the command out; returns the exit status."""
@@ -84,13 +87,14 @@ class Train:
         with _wrong_values():
             device = find_device(self.device)
             check_run(config, self.step, device, Launched.find().count)
+            check_logger(self.logger)
         sources = Sources(config, device)
         run_dir = expanded(self.run_dir)
         if Launched.find().rank == 0:  # the other processes wait for the first one when they connect with it
             with _wrong_values():
                 _check(config, sources)
-            return _train(Run.create(run_dir, config), sources, self.step)
-        return _train(Run(run_dir, config), sources, self.step)
+            return _train(Run.create(run_dir, config), sources, self.step, self.logger)
+        return _train(Run(run_dir, config), sources, self.step, self.logger)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Resume:
     """Where to train."""
     step: StepKind = "eager"
     """How a step is taken, as of a new run."""
+    logger: LoggerKind = "tensorboard"
+    """Where the course of training is shown, as of a new run."""
 
     def run(self) -> int:
         """Carry the command out; returns the exit status."""
@@ -115,12 +121,14 @@ class Resume:
         if self.steps is not None:
             config = replace(config, training=replace(config.training, steps=self.steps))
         check_run(config, self.step, device, Launched.find().count)
+        with _wrong_values():
+            check_logger(self.logger)
         sources = Sources(config, device)
         _check(config, sources)
         if config != run.config and Launched.find().rank == 0:
             run.change(config)
         run.config = config
-        return _train(run, sources, self.step)
+        return _train(run, sources, self.step, self.logger)
 
 
 @dataclass(frozen=True)
@@ -142,11 +150,25 @@ class OfRun:
 
 @dataclass(frozen=True)
 class Evaluate(OfRun):
-    """Print the metrics of a trained model beside their chance levels."""
+    """Print the metrics of a trained model beside their chance levels, and write them into the run.
+
+    By other settings than the run's own they are printed alone.
+    """
+
+    sequences: int | None = None
+    """Sequences of the fixed test set, if not as many as the run says."""
+    importance_samples: int | None = None
+    """Samples for the estimates of log p(x), if not as many as the run says."""
+    json: bool = False
+    """Print what the run's evaluation.json holds in place of a table."""
 
     def run(self) -> int:
         """Carry the command out; returns the exit status."""
-        return _report(*self.open())
+        run, model, sources = self.open()
+        asked = {"sequences": self.sequences, "importance_samples": self.importance_samples}
+        with _wrong_values():
+            settings = replace(run.config.evaluation, **{name: x for name, x in asked.items() if x is not None})
+        return _report(run, model, sources, settings, self.json)
 
 
 @dataclass(frozen=True)
@@ -459,7 +481,7 @@ def _memory_of(device: torch.device) -> int | None:
     return math.prod(map(os.sysconf, names)) if set(names) <= set(getattr(os, "sysconf_names", ())) else None
 
 
-def _opened(sources: Sources, split: Literal["train", "test"]) -> SequenceSource:
+def _opened(sources: Sources, split: Literal["train", "test"], console: Console = console) -> SequenceSource:
     """Open the sequences of one split, and say so where that takes its time."""
     name = sources.config.data.name
     if SOURCES[name].files is None:
@@ -468,12 +490,12 @@ def _opened(sources: Sources, split: Literal["train", "test"]) -> SequenceSource
         return sources[split]
 
 
-def _train(run: Run, sources: Sources, step: StepKind) -> int:
+def _train(run: Run, sources: Sources, step: StepKind, logger: LoggerKind) -> int:
     """Train a run to its end, then evaluate and draw its model; returns the exit status."""
     from .training import train
 
     try:
-        model, status = train(run, sources.device, step=step, sources=sources), 130
+        model, status = train(run, sources.device, step=step, sources=sources, logger=logger), 130
     except SystemExit as terminated:
         model, status = None, terminated.code
     disconnect()
@@ -488,20 +510,33 @@ def _train(run: Run, sources: Sources, step: StepKind) -> int:
     return status
 
 
-def _report(run: Run, model: SequenceModel, sources: Sources) -> int:
-    """Evaluate the trained model, print the metrics and write them into the run; returns the exit status."""
+def _report(
+    run: Run, model: SequenceModel, sources: Sources, settings: EvaluationSettings | None = None, as_json: bool = False
+) -> int:
+    """Evaluate the trained model and print the metrics; returns the exit status.
+
+    They are written into the run, where no other settings than its own are given.
+    """
     from . import evaluation
 
-    settings, steps = sources.config.evaluation, sources.config.training.steps
-    sequences = FixedSequences.take(_opened(sources, "test"), settings.sequences, sources.config.training.batch_size)
-    with progress("evaluating", len(sequences.batches), console=console) as show:
-        rows = evaluation.evaluate(model, sequences, settings, show, lambda: _opened(sources, "train"))
-    console.print(evaluation.table(rows, f"{run.path}: {settings.sequences:,} test sequences after {steps:,} steps"))
-    try:
-        with run.lock():
-            evaluation.save(rows, settings.sequences, run.evaluation_file)
-    except (OSError, RunError) as error:
-        print(f"tvae: warning: the metrics are not written: {error}", file=sys.stderr)
+    settings, steps = settings or run.config.evaluation, sources.config.training.steps
+    shown = Console(stderr=True) if as_json else console
+    sequences = FixedSequences.take(
+        _opened(sources, "test", shown), settings.sequences, sources.config.training.batch_size
+    )
+    with progress("evaluating", len(sequences.batches), console=shown) as show:
+        rows = evaluation.evaluate(model, sequences, settings, show, lambda: _opened(sources, "train", shown))
+    if as_json:
+        print(evaluation.to_json(rows, settings.sequences))
+    else:
+        title = f"{run.path}: {settings.sequences:,} test sequences after {steps:,} steps"
+        console.print(evaluation.table(rows, title))
+    if settings == run.config.evaluation:
+        try:
+            with run.lock():
+                evaluation.save(rows, settings.sequences, run.evaluation_file)
+        except (OSError, RunError) as error:
+            print(f"tvae: warning: the metrics are not written: {error}", file=sys.stderr)
     wrong = [row.label for row in rows if row.unit == "nats/frame" and not math.isfinite(row.value)]
     if wrong:
         print(f"tvae: error: {', '.join(wrong)} is not finite; {run.advice_after_divergence()}", file=sys.stderr)

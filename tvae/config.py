@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -19,6 +20,7 @@ from .settings import Count, Number, Whole, settings
 
 Precision = Literal["32-true", "tf32", "bf16-mixed"]
 StepKind = Literal["eager", "compiled", "graph"]
+LoggerKind = Literal["tensorboard", "wandb", "none"]
 
 
 def choices(registry: dict) -> Callable[[str], str]:
@@ -241,6 +243,19 @@ def check_run(config: Config, kind: StepKind, device: torch.device, processes: i
     if processes > 1 and config.model_class.one_process:
         name = config.model_class.__name__
         raise ValueError(f"a {name} is trained by one process, got {processes}: it needs all of a batch in one place")
+
+
+def check_logger(name: LoggerKind) -> None:
+    """Check that there is a logger of that name.
+
+    Raises:
+        ValueError: there is none, or its package is missing.
+
+    """
+    if name not in get_args(LoggerKind):
+        raise ValueError(f"logger must be one of {', '.join(get_args(LoggerKind))}, or one of Fabric's; got {name!r}")
+    if name == "wandb" and find_spec("wandb") is None:
+        raise ValueError("--logger wandb needs the package wandb: pip install wandb")
 
 
 def check_machine(

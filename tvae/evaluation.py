@@ -75,13 +75,18 @@ def table(rows: list[Row], title: str) -> Table:
 
 
 def save(rows: list[Row], sequences: int, path: Path) -> None:
-    """Write the rows as JSON, which has null for NaN; at once or not at all."""
+    """Write the rows as `to_json` does; at once or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(to_json(rows, sequences) + "\n")
+
+
+def to_json(rows: list[Row], sequences: int) -> str:
+    """Return the rows as JSON, which has null for NaN, beside the number of sequences that they are of."""
     metrics = [{_NAMES.get(name, name): None if x != x else x for name, x in row._asdict().items()} for row in rows]
     for row in metrics:
         if not row["note"]:
             del row["note"]
-    with replacing(path) as partial:
-        partial.write_text(json.dumps({"sequences": sequences, "metrics": metrics}, indent=2) + "\n")
+    return json.dumps({"sequences": sequences, "metrics": metrics}, indent=2)
 
 
 def load(path: Path) -> list[Row]:

@@ -1,8 +1,7 @@
 """Training, from data to checkpoint, and the run directories that it leaves."""
 
-from .log import LoggerKind
 from .loop import build_optimizer, train, untrained_model
 from .run import Run, RunError
 from .steps import build_step
 
-__all__ = ["LoggerKind", "Run", "RunError", "build_optimizer", "build_step", "train", "untrained_model"]
+__all__ = ["LoggerKind", "Run", "RunError", "build_optimizer", "build_step", "check_logger", "train", "untrained_model"]

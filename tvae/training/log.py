@@ -6,16 +6,15 @@ import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxtyping import Float
-from lightning_fabric.loggers import Logger
+from lightning_fabric.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from ..config import LoggerKind
 from ..files import replacing
 from .run import Run, RunError
-
-LoggerKind = Literal["tensorboard", "wandb", "none"]
 
 
 class TrainingLog:
@@ -31,7 +30,6 @@ class TrainingLog:
 
     Raises:
         RunError: here and in every method, where a file is damaged or the disk is full.
-        ValueError: there is no such logger, or its package is missing.
 
     """
 
@@ -39,7 +37,7 @@ class TrainingLog:
         self._run = run
         self._rows = {"train": Rows(run, run.metrics, step), "validation": Rows(run, run.validation, step)}
         with run.writing():
-            self._logger = made(logger, run, step)
+            self._logger = _made(logger, run, step)
 
     def log(self, step: int, values: Mapping[str, float], part: Literal["train", "validation"] = "train") -> None:
         """Append one row."""
@@ -75,23 +73,17 @@ def _disk_errors() -> Iterator[None]:
         raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from error
 
 
-def made(logger: LoggerKind | Logger, run: Run, step: int) -> Logger | None:
+def _made(logger: LoggerKind | Logger, run: Run, step: int) -> Logger | None:
     """Return the logger of a name."""
-    if isinstance(logger, Logger):
-        return logger
-    if logger not in get_args(LoggerKind):
-        raise ValueError(f"logger must be one of {', '.join(get_args(LoggerKind))}, or one of Fabric's; got {logger!r}")
     if logger == "none":
         return None
     if logger == "tensorboard":
-        from lightning_fabric.loggers import TensorBoardLogger
-
         return TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=step + 1)
-    try:
+    if logger == "wandb":
         from wandb.integration.lightning.fabric import WandbLogger
-    except ImportError as error:
-        raise ValueError(f"--logger wandb needs the package wandb: pip install wandb ({error})") from error
-    return WandbLogger(project="tvae", name=run.path.name, dir=run.path, resume="allow")
+
+        return WandbLogger(project="tvae", name=run.path.name, dir=run.path, resume="allow")
+    return logger
 
 
 class Rows:

@@ -19,13 +19,13 @@ from torch.optim import SGD, Adam, Optimizer
 
 from tvae_kernels import Neighborhood
 
-from ..config import Config, Sources, StepKind, TrainingSettings, check_run
+from ..config import Config, LoggerKind, Sources, StepKind, TrainingSettings, check_logger, check_run
 from ..data import EVALUATION_SEED, FixedSequences, SequenceSource, SequenceStream
 from ..figures import traversal_panels
 from ..metrics import equivariance_error
 from ..models import ELBO, SequenceModel
 from ..progress import progress
-from .log import LoggerKind, TrainingLog
+from .log import TrainingLog
 from .processes import find_device, highest, launch, mean, on_first
 from .run import Run, RunError
 from .steps import build_step, matmul_precision
@@ -70,12 +70,15 @@ def train(
         RunError: the loss or a weight is not finite, the checkpoint cannot be read, or a file cannot be written; the
             last good state is kept.
         DataError: the data is missing or damaged.
-        ValueError: the device has not what the step or the precision needs, or the processes cannot share a batch.
+        ValueError: the device has not what the step or the precision needs, the processes cannot share a batch, or
+            there is no such logger.
         SystemExit: SIGTERM has ended training, its state saved; with the status 143.
 
     """
     fabric = launch(find_device(device))
     check_run(run.config, step, fabric.device, fabric.world_size)
+    if not isinstance(logger, Logger):
+        check_logger(logger)
     lock = on_first(fabric, run.lock)
     with nullcontext() if lock is None else lock:  # which the first process holds for all
         return _train(fabric, run, sources, step, show_progress, logger, callback)
@@ -193,10 +196,10 @@ def look(log: TrainingLog, step: int, model: SequenceModel, sources: Sources) ->
 @torch.no_grad()
 def validate(model: SequenceModel, sequences: FixedSequences) -> dict[str, float]:
     """Measure a model on fixed sequences as `measure` does a batch, with noise of its own."""
-    device, total = sequences.source.device, Counter()
+    total = Counter()
     model.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-        torch.manual_seed(EVALUATION_SEED)
+    torch.manual_seed(EVALUATION_SEED)
+    with torch.compiler.set_stance("force_eager"):
         for batch in sequences.batches:
             total.update({name: len(batch.images) * x for name, x in measure(model(batch), model.rolls).items()})
     count = sum(len(batch.images) for batch in sequences.batches)
