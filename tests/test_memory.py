@@ -173,3 +173,16 @@ def test_sequences_in_parts_are_what_they_are_as_a_whole(monkeypatch, name, weig
         monkeypatch.setattr(taps, "PAIRS_OF_A_PART", frames * pairs_of_a_frame)
         for x, y in zip(solve("torch", neighborhood, *given), expected, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("boundary", ["circular", "zero", "padded"])
+@pytest.mark.parametrize("weighted", ["", "shared", "capsule"])
+def test_sequences_by_phase_in_parts_are_what_they_are_as_a_whole(monkeypatch, boundary, weighted):
+    """Some frames of a window are then in no window of a part: nothing may be transformed there."""
+    neighborhood = Neighborhood(5, 3, 1 / 3, time_boundary=boundary, roll="fourier")
+    given = arguments(neighborhood, 6, weighted, time=7)
+    expected = solve("torch", neighborhood, *given)
+    for most in (1, 40, 150):
+        monkeypatch.setattr(fourier, "MOST", most)
+        for x, y in zip(solve("torch", neighborhood, *given), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
