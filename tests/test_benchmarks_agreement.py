@@ -50,7 +50,7 @@ def test_presets_to_compare_are_those_with_a_topography_whose_data_is_there(tmp_
     without = sum(not hasattr(preset.config.model, "neighborhood") for preset in PRESETS.values())
     assert without + len(chosen) == len(PRESETS)
     assert all(case.config.data.folder == tmp_path for case in chosen)
-    assert all(case.config.data.name.startswith(("sprites", "rooms")) for case in agreement.cases(None))
+    assert all(case.config.data.name.startswith(("sprites", "shapes", "rooms")) for case in agreement.cases(None))
     assert [training.precision for training in agreement.trainings("quickstart", CPU)] == ["32-true"] * 3
 
 

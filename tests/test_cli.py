@@ -63,7 +63,7 @@ def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert tvae(f"train {TINY}") == 0
+        assert tvae(f"train quickstart {TINY}") == 0
     return path
 
 
@@ -88,7 +88,7 @@ def error(capsys):
 
 def test_it_is_a_program(folder):
     """In a process of its own, its output in a file, and every warning an error."""
-    command = [sys.executable, "-W", "error", "-m", "tvae", "train", *TINY.split()]
+    command = [sys.executable, "-W", "error", "-m", "tvae", "train", "quickstart", *TINY.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with Path("log").open("w") as log:
         result = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True, check=False, env=environment)
@@ -103,7 +103,7 @@ def test_it_is_a_program(folder):
 
 
 def test_train_ends_with_a_table_of_metrics_and_the_path_of_the_figure(capsys):
-    assert tvae(f"train {TINY}") == 0
+    assert tvae(f"train quickstart {TINY}") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     for text in ("ELBO", "log p(x), as published", "E_eq", "CapCorr orientation", "chance"):
@@ -157,7 +157,7 @@ def test_an_evaluation_for_programs_is_what_the_file_holds(trained, capsys):
 
 def test_a_logger_that_is_missing_is_said_before_a_run_is_made(monkeypatch, capsys):
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    assert tvae(f"train {TINY} --logger wandb --run-dir run") == 2
+    assert tvae(f"train quickstart {TINY} --logger wandb --run-dir run") == 2
     assert error(capsys) == "--logger wandb needs the package wandb: pip install wandb"
     assert not Path("run").exists()
 
@@ -191,7 +191,7 @@ def test_resuming_a_finished_run_reports_it_again(trained, capsys):
 def test_an_existing_run_is_never_overwritten(trained, capsys):
     model = trained / "runs/quickstart/model.safetensors"
     before = model.read_bytes()
-    assert tvae(f"train {TINY}") == 1
+    assert tvae(f"train quickstart {TINY}") == 1
     assert "runs/quickstart exists already" in error(capsys)
     assert model.read_bytes() == before
 
@@ -207,7 +207,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_resume(number, status, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "seed_noise", press)
-        assert tvae(f"train {TINY}") == status
+        assert tvae(f"train quickstart {TINY}") == status
     assert "Continue with: tvae train --resume runs/quickstart" in capsys.readouterr().out
     assert not Path("runs/quickstart/model.safetensors").exists()
     for command in ("evaluate", "traverse"):
@@ -303,7 +303,17 @@ OPTIONS = {
 }
 OPTIONS["bubblevae"] = OPTIONS["tvae"]
 COMMON = {"--run-dir", "--model", "--data", "--evaluation-data", "--data-dir", "--learning-rate", "--steps", "--seed"}
-COMMON |= {"--optimizer", "--momentum", "--batch-size", "--precision", "--device", "--step", "--logger"}
+COMMON |= {
+    "--optimizer",
+    "--momentum",
+    "--batch-size",
+    "--precision",
+    "--device",
+    "--step",
+    "--logger",
+    "--warmup-steps",
+    "--decay-from",
+}
 COMMON |= {"--evaluation-sequences", "--importance-samples", "--help"}
 
 
@@ -358,7 +368,7 @@ def test_a_mistake_on_a_terminal_is_one_line_too(monkeypatch):
     err = Terminal()
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", err)
-    assert tvae("train --steps x") == 2
+    assert tvae("train quickstart --steps x") == 2
     assert err.getvalue() == (
         "tvae: error: --steps: invalid literal for int() with base 10: 'x'; Argument helptext: --steps "
         "INT Batches to train on. (default: 1400)\n"
@@ -485,7 +495,7 @@ WRONG_VALUES = [
     ("train --seed 9007199254740992", "seed: input should be less than 9007199254740992"),
     ("train --seed -1", "seed: input should be greater than or equal to 0, got -1"),
     ("train --learning-rate nan", "learning_rate: input should be a finite number, got nan"),
-    ("train --batch-size 1000000", "batch_size must be between 1 and the 50625 examples"),
+    ("train quickstart --batch-size 1000000", "batch_size must be between 1 and the 50625 examples"),
     ("train --data sprits", "no data 'sprits' is registered, only sprites, sprites-shifts"),
     (
         "train mnist-vae --evaluation-data sprites",
@@ -553,10 +563,10 @@ def test_torchrun_is_for_training_alone(monkeypatch, capsys):
     assert error(capsys) == "torchrun is for `tvae train` alone; run `tvae presets` without it"
 
 
-def test_without_a_word_more_the_quickstart_is_trained():
+def test_without_a_word_more_shapes_are_learnt():
     command = cli._parsed(["train"])
-    assert (command.preset, command.config) == ("quickstart", PRESETS["quickstart"].config)
-    assert command.run_dir == Path("runs/quickstart")
+    assert (command.preset, command.config) == ("shapes-tvae", PRESETS["shapes-tvae"].config)
+    assert command.run_dir == Path("runs/shapes-tvae")
 
 
 # --- what may go wrong with a run -------------------------------------------------------------------------------------
@@ -661,7 +671,7 @@ def test_until_more_steps_are_done_the_model_of_fewer_is_not_the_runs(trained, c
 
 def test_a_finished_run_is_trained_longer_to_the_result_of_a_longer_one(trained):
     assert tvae("train --resume runs/quickstart --steps 5") == 0
-    assert tvae(f"train {TINY.replace('--steps 3', '--steps 5')} --run-dir whole") == 0
+    assert tvae(f"train quickstart {TINY.replace('--steps 3', '--steps 5')} --run-dir whole") == 0
     for name in ("model.safetensors", "evaluation.json", "config.json"):
         assert Path("runs/quickstart", name).read_bytes() == Path("whole", name).read_bytes()
     assert steps_of("runs/quickstart") == ["3", "5"]
@@ -689,7 +699,7 @@ def test_a_learning_rate_that_was_changed_in_the_configuration_is_honoured(monke
         return build(kind, precision, fabric, model, optimizer, stream)
 
     monkeypatch.setattr(loop, "build_step", note)
-    interrupt(f"train {TINY} --run-dir run")
+    interrupt(f"train quickstart {TINY} --run-dir run")
     file = Path("run/config.json")
     file.write_text(file.read_text().replace('"learning_rate": 0.0005', '"learning_rate": 0.00025'))
     assert tvae("train --resume run") == 0

@@ -27,7 +27,7 @@ def test_open_source(mnist_dir):
     assert isinstance(open_source("sprites", "test"), SpriteSequences)
     assert len(open_source("mnist", "validation", mnist_dir)) == 10
     with pytest.raises(
-        ValueError, match="unknown source 'cifar'; choose from sprites, sprites-shifts, dsprites, mnist,"
+        ValueError, match="unknown source 'cifar'; choose from sprites, sprites-shifts, shapes, dsprites, mnist,"
     ):
         open_source("cifar", "train")
     with pytest.raises(ValueError, match="unknown split 'valid'; choose from train, validation, test"):

@@ -1,6 +1,7 @@
 """Training: a loop written out here, interruption and resumption bit for bit, and what ends it."""
 
 import csv
+import math
 import signal
 from dataclasses import replace
 
@@ -179,6 +180,45 @@ def test_loggers_that_there_are_not_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^--logger wandb needs the package wandb: pip install wandb"):
         train(run, "cpu", logger="wandb")
     assert not run.checkpoint.exists()
+
+
+def test_the_learning_rate_grows_at_first_and_falls_along_a_cosine():
+    settings = TrainingSettings(warmup_steps=3, decay_from=0.5, steps=12)
+    found = [settings.rate(step) for step in range(12)]
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1] + [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(1, 6)]
+    assert found == pytest.approx(expected, rel=1e-15)
+    assert [TrainingSettings(steps=12).rate(step) for step in (0, 5, 11)] == [1, 1, 1]
+    assert TrainingSettings(decay_from=0, steps=2).rate(1) == pytest.approx(0.5)
+    for wrong in ({"warmup_steps": -1}, {"decay_from": 1.5}, {"decay_from": -0.1}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: input should be"):
+            TrainingSettings(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+def test_every_step_has_its_learning_rate(kind, tmp_path, monkeypatch):
+    """For a graph in a tensor that keeps its place, where the graph reads it."""
+    config, rates, places, build = with_training(SMALL, warmup_steps=4, decay_from=0.5), [], set(), loop.build_step
+
+    def note(wanted, precision, fabric, model, optimizer, stream):
+        step = build("eager", precision, fabric, model, optimizer, stream)
+
+        def noted(i):
+            (group,) = optimizer.param_groups
+            rates.append(float(group["lr"]))
+            places.add(id(group["lr"]) if isinstance(group["lr"], torch.Tensor) else None)
+            return step(i)
+
+        return noted
+
+    monkeypatch.setattr(loop, "build_step", note)
+    monkeypatch.setattr(loop, "check_run", lambda *arguments: None)
+    run = Run.create(tmp_path / "run", config)
+    assert train(run, "cpu", step=kind, sources=interrupted_at(config, 6)) is None
+    assert train(run, "cpu", step=kind) is not None
+    expected = [config.training.learning_rate * config.training.rate(step) for step in range(12)]
+    assert rates == pytest.approx(expected, rel=1e-7)
+    assert len(set(rates)) > 8
+    assert places == {None} if kind == "eager" else len(places) == 2 and None not in places
 
 
 def elbos(config):

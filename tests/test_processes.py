@@ -82,10 +82,10 @@ def main(folder):
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 
     os.chdir(folder)
-    status = command_line("train", *TINY.split(), "--batch-size", "4")
+    status = command_line("train", "quickstart", *TINY.split(), "--batch-size", "4")
     (folder / f"status-{rank}.json").write_text(json.dumps(status))
     # At last, for torchrun ends the process that waits for one which has found the mistake.
-    sys.exit(command_line("train", *TINY.split(), "--batch-size", "5", "--run-dir", "mistaken"))
+    sys.exit(command_line("train", "quickstart", *TINY.split(), "--batch-size", "5", "--run-dir", "mistaken"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -85,6 +86,10 @@ class TrainingSettings:
     """Step size, for the ELBO in nats a frame."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
+    """Steps in which the learning rate grows to its size."""
+    decay_from: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    """Part of the steps after which the learning rate falls to 0, along a cosine; 1: it does not."""
     batch_size: Count = 8
     """Sequences in a batch."""
     steps: Count = 1000
@@ -94,6 +99,19 @@ class TrainingSettings:
     GPUs that have it; or bfloat16 (7 bits), the rest in float32, which on most CPUs is slower than float32."""
     seed: Annotated[Whole, Field(ge=0, lt=2**53)] = 0
     """Decides initial weights, sequences and noise."""
+
+    @property
+    def scheduled(self) -> bool:
+        """Say whether the learning rate is another one in some of the steps."""
+        return self.warmup_steps > 0 or self.decay_from < 1
+
+    def rate(self, step: int) -> float:
+        """Return the part of the learning rate that step number `step` takes, from 0."""
+        rate = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        start = self.decay_from * self.steps
+        if step > start:
+            rate *= (1 + math.cos(math.pi * (step - start) / (self.steps - start))) / 2
+        return rate
 
 
 @settings

@@ -27,7 +27,7 @@ from .models import (
 )
 from .models.group import DIMENSIONS
 
-DEFAULT_PRESET = "quickstart"
+DEFAULT_PRESET = "shapes-tvae"
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,18 @@ def _family(data: str) -> _Family:
     return _Family(DataSettings(data), 15, TrainingSettings(steps=632_800))  # 100 epochs of 50,625 // 8 batches
 
 
+def _add_shapes() -> None:
+    training = TrainingSettings("adam", 1e-3, warmup_steps=200, decay_from=0.4, steps=6000)
+    config = Config(DataSettings("shapes"), TVAE.Settings(neighborhood=Neighborhood(10, 1)), training)
+    config = replace(config, evaluation=EvaluationSettings(sequences=200))
+    PRESETS[DEFAULT_PRESET] = Preset(config, "TVAE, L=1/3, K=1; Adam")
+
+
 def _add_quickstart() -> None:
     training = TrainingSettings(optimizer="adam", learning_rate=5e-4, steps=1400)
     config = Config(DataSettings(), TVAE.Settings(neighborhood=Neighborhood(10, 1)), training)
     config = replace(config, evaluation=EvaluationSettings(sequences=200))
-    PRESETS[DEFAULT_PRESET] = Preset(config, "TVAE, L=1/3, K=1; Adam")
+    PRESETS["quickstart"] = Preset(config, "TVAE, L=1/3, K=1; Adam")
 
 
 def _add_mnist() -> None:
@@ -249,6 +256,7 @@ def _add(
     PRESETS[name] = Preset(config, ", ".join(filter(None, (describe(config), text))))
 
 
+_add_shapes()
 _add_quickstart()
 _add_mnist()
 _add_sprites("sprites")

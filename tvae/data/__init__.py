@@ -30,6 +30,7 @@ from .sequences import (
     SequenceSource,
     SequenceStream,
 )
+from .shapes import ShapeSequences
 from .shapes3d import Shapes3DSequences
 from .sprites import SpriteSequences, SpriteShifts
 
@@ -92,6 +93,7 @@ def open_source(
 for _source in (
     SpriteSequences,
     SpriteShifts,
+    ShapeSequences,
     DSpritesSequences,
     MNISTSequences,
     MNISTRotationHueSequences,

@@ -17,6 +17,7 @@ from .mixing import Superposing, Switching
 from .motion import MovedLikelihood, PixelError, PixelErrors
 from .poses import Poses
 from .recognition import TransformationAccuracy
+from .shapes import DecodedShapes
 from .vp import VPScore
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "BestSingleImage",
     "CapCorr",
     "Clustering",
+    "DecodedShapes",
     "ELBOTerms",
     "EquivarianceError",
     "EvaluationMetric",
@@ -59,6 +61,7 @@ for _metric in (
     MovedLikelihood,
     Switching,
     Superposing,
+    DecodedShapes,
     TransformationAccuracy,
     Folds,
     VPScore,

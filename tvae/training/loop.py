@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
+from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from tvae_kernels import Neighborhood
@@ -110,6 +111,10 @@ def _train(
 
     model.module.likelihood.check(stream[first_step].images)
 
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if settings.scheduled and step == "graph":  # which reads the rates where they were when it was captured
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=fabric.device)
     take_step = build_step(step, settings.precision, fabric, model, optimizer, stream)
     done, stop = first_step, 0
     log = on_first(fabric, TrainingLog, run, first_step, logger)
@@ -122,6 +127,7 @@ def _train(
         start = time.perf_counter()
         while done < settings.steps:
             seed_noise(settings.seed, done)
+            set_rates(optimizer, [rate * settings.rate(done) for rate in rates])
             elbo = take_step(done)
             done += 1
 
@@ -164,6 +170,15 @@ def build_optimizer(settings: TrainingSettings, model: SequenceModel) -> Optimiz
     for group in groups:
         group.pop("betas", None)  # Adam's alone
     return SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)
+
+
+def set_rates(optimizer: Optimizer, rates: list[float]) -> None:
+    """Set the learning rate of every group of weights."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def seed_noise(seed: int, step: int) -> None:

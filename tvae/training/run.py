@@ -179,7 +179,7 @@ class Run:
         tensors = {f"model.{name}": x for name, x in state.items()}
         for index, values in optimizer_state["state"].items():
             tensors |= {f"optimizer.{index}.{name}": x for name, x in values.items() if isinstance(x, Tensor)}
-        groups = json.dumps(optimizer_state["param_groups"])
+        groups = json.dumps(optimizer_state["param_groups"], default=float)  # of a rate that is a tensor
         metadata = {"step": str(step), "param_groups": groups, "checksum": checksum(tensors, str(step))}
         with self.writing(), replacing(self.checkpoint) as partial:
             partial.write_bytes(save(tensors, metadata))  # save_file, when killed, leaves a hidden file behind
