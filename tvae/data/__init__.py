@@ -10,6 +10,8 @@ import torch
 from ..files import expanded
 from .dsprites import DSpritesSequences
 from .mnist import (
+    FashionMNISTSequences,
+    KMNISTSequences,
     MNISTDigits,
     MNISTOpenSeenSequences,
     MNISTOpenSequences,
@@ -94,6 +96,8 @@ for _source in (
     SpriteShifts,
     DSpritesSequences,
     MNISTSequences,
+    FashionMNISTSequences,
+    KMNISTSequences,
     MNISTRotationHueSequences,
     MNISTPerspectiveHueSequences,
     MNISTDigits,
