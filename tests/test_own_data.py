@@ -6,6 +6,7 @@ import re
 import resource
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tvae import cli
 from tvae.config import Config
 from tvae.data import SOURCES, SPLITS, DataError, FixedSequences, SequenceStream, open_source
 from tvae.evaluation import load as load_rows
-from tvae.models import TVAE, VAE
+from tvae.models import VAE
 from tvae.presets import PRESETS
 from tvae.training import Run, train
 
@@ -114,6 +115,7 @@ def kinds(x):
     return {**{str(path): path for path in files}, "array": x, "tensor": items.x, "dataset": items, "arrays": Takes(x)}
 
 
+@pytest.mark.slow
 def test_every_kind_gives_the_same_batches(capsys):
     x = moving()
     for name, kind in kinds(x).items():
@@ -125,6 +127,15 @@ def test_every_kind_gives_the_same_batches(capsys):
         assert (source.image_shape, source.sequence_length, len(source)) == ((1, 16, 16), 12, 16), name
 
 
+def test_processes_share_a_batch():
+    source = tvae.open_sequences(moving())["train"]
+    whole = SequenceStream(source, 8, seed=3)[1]
+    parts = [SequenceStream(source, 8, 3, rank, 2)[1] for rank in range(2)]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert [(part.first, part.total) for part in parts] == [(0, 8), (4, 8)]
+
+
+@pytest.mark.slow
 def test_videos_give_the_same_batches():
     x = moving()
     save_videos(Path("videos"), x)
@@ -370,7 +381,7 @@ def test_videos_of_another_kind_are_refused(monkeypatch):
         tvae.open_sequences("videos")
     file.write_bytes(content)
     tvae.open_sequences("videos")
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(
         DataError, match=r'videos are read by PyAV, which is missing: pip install "tvae-kernels\[video\]"'
     ):
@@ -383,9 +394,21 @@ def test_some_sequences_may_stand_still():
     tvae.open_sequences(x)
 
 
+def test_what_was_not_looked_at_is_checked_when_it_is_read():
+    x = moving(100, 2).astype(np.float32) / 255
+    x[1, 1] *= 2
+    np.save("x.npy", x)
+    source = tvae.open_sequences("x.npy")["all"]
+    with pytest.raises(DataError, match=r"sequence 1 of .*/x.npy should be .* from 0 to 1 .*, found 0 to 2: .*x / 255"):
+        source.render(torch.tensor([0, 1]), None)
+    with pytest.raises(DataError, match=r"own should be .* from 0 to 1 .*, found 0 to 2"):  # where no file is read
+        tvae.open_sequences(x)
+
+
 # --- larger than memory -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_memory_is_read_as_it_is_needed():
     """A file of 256 GiB, which has holes in place of most of its zeros."""
     shape = (2**20, 4, 1, 256, 256)
@@ -522,9 +545,9 @@ def test_labels_and_factors_are_measured(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["frames", "videos"])
-def test_folders_are_trained_on(kind):
-    {"frames": save_frames, "videos": save_videos}[kind](Path("takes"), moving(10, 4))
+@pytest.mark.parametrize(("kind", "frames"), [("frames", 4), ("videos", 3), ("frames", 1)])
+def test_folders_are_trained_on(kind, frames):
+    {"frames": save_frames, "videos": save_videos}[kind](Path("takes"), moving(10, frames))
     assert command(f"train --data takes --model vae {FEW}") == 0
     assert Run.open(Path("runs/own")).config.model_class is VAE
     assert command("evaluate runs/own") == 0
@@ -580,7 +603,9 @@ def test_mistakes_are_said_before_a_run_is_made(words, status, message, capsys):
 def test_what_is_in_memory_is_trained_on_and_known_again():
     x = moving()
     config = PRESETS["own"].config.on(tvae.open_sequences(x))
-    config = replace(config, model=TVAE.Settings(2, 15), training=replace(config.training, steps=3, batch_size=4))
+    config = replace(
+        config, model=replace(config.model, capsules=2), training=replace(config.training, steps=3, batch_size=4)
+    )
     whole = train(Run.create(Path("whole"), config), show_progress=False)
     run = Run.create(Path("parts"), replace(config, training=replace(config.training, steps=2)))
     train(run, show_progress=False)

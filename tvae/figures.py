@@ -45,7 +45,7 @@ def portrait(model: SequenceModel, source: SequenceSource, batch_size: int) -> t
 
     Of sequences, capsule traversals; of still images and capsules of two axes, the map of the torus.
     """
-    if source.sequence_length == 1:
+    if source.sequence_length == 1 and model.rolls is not None and model.rolls.is_multidimensional:
         return "torus", torus_map(model, FixedSequences.take(source, len(source), batch_size).batches)
     return "traversals", traversals(model, source)
 
