@@ -625,6 +625,19 @@ def test_what_is_in_memory_is_trained_on_and_known_again():
         config.open_source("train")
 
 
+@pytest.mark.slow
+def test_what_is_in_memory_has_a_name_on_the_command_line(capsys):
+    tvae.open_sequences(moving(), labels=np.arange(20) % 2, name="bars")
+    assert command(f"train --data bars {FEW}") == 0
+    assert capsys.readouterr().out.startswith("bars: 20 sequences of 12 frames of 1x16x16, CRC-32 ")
+    before = Path("runs/own/evaluation.json").read_bytes()
+    assert command("evaluate runs/own") == 0
+    assert Path("runs/own/evaluation.json").read_bytes() == before
+    tvae.open_sequences(moving(), labels=np.arange(20) % 3, name="bars")
+    assert command("evaluate runs/own") == 1
+    assert "the sequences of bars have changed" in capsys.readouterr().err
+
+
 def test_sources_open_paths_as_they_open_names():
     np.save("bars.npy", moving())
     source = open_source("bars.npy", "validation")

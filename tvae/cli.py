@@ -29,7 +29,7 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 from .config import Config, Sources, StepKind, check_run, choices
-from .data import CACHE, SOURCES, DataError, FixedSequences, SequenceSource, SequenceStream, is_path
+from .data import CACHE, SOURCES, DataError, FixedSequences, Sequences, SequenceSource, SequenceStream, is_path
 from .data.dsprites import DSpritesSequences
 from .files import expanded
 from .models import MODELS, ModelSettings, SequenceModel, find
@@ -366,7 +366,8 @@ def _defaults(arguments: list[str]) -> Train:
     data = _option("--data", arguments) or ""
     if data in PRESETS and data not in SOURCES:
         raise UsageError(f"{data} is a preset, and no data: tvae train {data}")
-    default = OWN_PRESET if data and is_path(data) else DEFAULT_PRESET
+    own = bool(data) and (is_path(data) or isinstance(SOURCES.get(data), Sequences))
+    default = OWN_PRESET if own else DEFAULT_PRESET
     name = arguments[0] if arguments and not arguments[0].startswith("-") else default
     if name not in PRESETS:
         if is_path(name):
