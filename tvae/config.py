@@ -76,7 +76,7 @@ class DataSettings:
             folder = expanded(CACHE) / files
         part = "all" if own and is_other and name != self.name else split
         source = open_source(name, part, folder, device, download=self.folder is None)
-        if contents not in (None, source.contents):
+        if contents is not None and contents != source.contents:
             raise DataError(
                 f"the sequences of {source.name} have changed: they were {contents}, are {source.contents}; put the "
                 "old ones back, or train a new run"
