@@ -190,24 +190,27 @@ def test_labels_and_factors_come_with_their_sequences():
 @pytest.mark.parametrize(
     ("change", "advances"),
     [
-        (lambda f: f, [0, 1, 0]),
-        (lambda f: f * 2, None),  # by two a frame
-        (lambda f: np.where(np.arange(3)[:, None, None] == 2, f[:, :1], f), None),  # one stands still
-        (lambda f: f[..., [0, 0]], None),  # two at once
-        (lambda f: f[:, ::-1], None),  # backwards
+        (lambda f: f, True),
+        (lambda f: f * 2, False),  # by two a frame
+        (lambda f: np.where(np.arange(12)[:, None, None] == 2, f[:, :1], f), False),  # one stands still
+        (lambda f: f[..., [0, 0]], False),  # two at once, or none
+        (lambda f: f[:, ::-1], False),  # backwards
     ],
 )
 def test_a_factor_that_advances_in_every_sequence_is_its_transformation(change, advances):
-    factors = np.zeros((3, 4, 2), dtype=np.int64)
-    for i, f in enumerate((0, 1, 0)):
-        factors[i, :, f] = (i + np.arange(4)) % 5
-    factors[2, :, 1] = 4
-    source = tvae.open_sequences(moving(3, 4), factors=change(factors))["all"]
-    batch = FixedSequences.take(source, 3, 3).batches[0]
-    assert torch.equal(batch.factors, torch.from_numpy(change(factors).copy()))
-    found = None if batch.transformation is None else batch.transformation.tolist()
-    assert found == advances
-    assert source.transformations == ({0: "factor 0", 1: "factor 1"} if advances else {})
+    factors = np.zeros((12, 4, 2), dtype=np.int64)
+    for i in range(12):
+        factors[i, :, i % 2] = (i + np.arange(4)) % 5
+    source = tvae.open_sequences(moving(12, 4), factors=change(factors))["train"]
+    batch = FixedSequences.take(source, 12, 12).batches[0]
+    assert torch.equal(batch.factors, torch.from_numpy(change(factors).copy())[source.numbers])
+    if advances:
+        assert torch.equal(batch.transformation, source.numbers % 2)
+        assert torch.equal(batch.axis, source.numbers % 2)
+        assert source.transformations == {0: "factor 0", 1: "factor 1"}
+    else:
+        assert batch.transformation is batch.axis is None
+        assert source.transformations == {}
 
 
 def test_a_data_set_may_have_labels():
