@@ -217,6 +217,10 @@ def test_a_data_set_may_have_labels():
     items = Takes(moving(), labels=[i % 3 for i in range(20)])
     with pytest.raises(DataError, match=r"items of Takes have labels, .* attribute `classes` .* or pass classes="):
         tvae.open_sequences(items)
+    with pytest.raises(
+        DataError, match=r"item 0 of Takes should be .* its label, for there are classes; found no label"
+    ):
+        tvae.open_sequences(Takes(items.x), classes=("a", "b", "c"))
     source = tvae.open_sequences(items, classes=("a", "b", "c"))["test"]
     batch = FixedSequences.take(source, 9, 4).batches[0]
     assert batch.label.tolist() == [i % 3 for i in source.numbers[batch.example].tolist()]

@@ -137,8 +137,6 @@ class OwnSequences(SequenceSource):
         """Read the sequences (B,); they start and move as they do, whatever was drawn."""
         read = [self.whole.frames(i) for i in self.numbers[examples].tolist()]
         images, labels = torch.stack([frames for frames, _ in read]), [label for _, label in read]
-        if None in labels and self.classes:
-            raise DataError(f"{self.name} has classes, but example {labels.index(None)} of a batch has no label")
         batch = (images, *self._course(examples), torch.tensor(labels) if self.classes else None, examples)
         return SequenceBatch(*(None if x is None else x.to(self.device) for x in batch))
 

@@ -437,6 +437,10 @@ class Items(Reader):
                 raise DataError(f"{self.place(i)} should be a sequence, or one and its label; found {len(item)} parts")
             item, label = item
             label = self._label(i, label)
+        elif self.classes:
+            raise DataError(
+                f"{self.place(i)} should be a sequence and its label, for there are classes; found no label"
+            )
         if not isinstance(item, Tensor | np.ndarray):
             raise DataError(f"{self.place(i)} should be a tensor or an array, found {type(item).__name__}")
         return (torch.from_numpy(np.array(item)) if isinstance(item, np.ndarray) else item.detach().cpu()), label
