@@ -30,6 +30,7 @@ setup(
             "safetensors>=0.4",
             "tensorboard>=2.17",
             "matplotlib>=3.8",
+            "pillow>=10",
             "tyro>=0.9",
             "rich>=13",
             "filelock>=3.12",
@@ -38,7 +39,8 @@ setup(
             "typing_extensions>=4.10",
         ],
         "shapes3d": ["h5py>=3.10"],  # to read the real 3D Shapes, and nothing else
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "h5py>=3.10", "ruff"],
+        "video": ["av>=13"],  # to read the user's own videos, and nothing else
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "h5py>=3.10", "av>=13", "ruff"],
         "bench": ["pytest-benchmark>=4"],
     },
     entry_points={"console_scripts": ["tvae = tvae.__main__:main"]},

@@ -137,14 +137,16 @@ def write_idx(path, array):
 def mnist_dir(tmp_path_factory):
     """A data set of noise in MNIST's format: 50 training and 20 test images.
 
-    Pixel (0, 0) numbers them from 0 to 69, and the last digit of the number is the label.
+    Pixel (0, 0) numbers them from 0 to 69, and the last digit of the number is the label. Other noise stands for the
+    data sets that have its format.
     """
     folder = tmp_path_factory.mktemp("data")
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(256, size=(70, 28, 28), dtype=np.uint8)
-    images[:, 0, 0] = np.arange(70)
-    for prefix, part in (("train", images[:50]), ("t10k", images[50:])):
-        write_idx(raw / f"{prefix}-images-idx3-ubyte", part)
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", part[:, 0, 0] % 10)
+    for seed, name in enumerate(("MNIST", "FashionMNIST", "KMNIST")):
+        raw = folder / name / "raw"
+        raw.mkdir(parents=True)
+        images = np.random.default_rng(seed).integers(256, size=(70, 28, 28), dtype=np.uint8)
+        images[:, 0, 0] = np.arange(70)
+        for prefix, part in (("train", images[:50]), ("t10k", images[50:])):
+            write_idx(raw / f"{prefix}-images-idx3-ubyte", part)
+            write_idx(raw / f"{prefix}-labels-idx1-ubyte", part[:, 0, 0] % 10)
     return folder

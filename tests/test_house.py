@@ -28,8 +28,8 @@ LAYERS = {
     "tvae": (
         ("", "files", "settings", "progress"),
         ("data.sequences",),
-        ("data.sprites", "data.mnist", "data.rooms"),
-        ("data.dsprites", "data.shapes", "data.shapes3d", "data.posed"),
+        ("data.sprites", "data.mnist", "data.rooms", "data.readers"),
+        ("data.dsprites", "data.shapes", "data.shapes3d", "data.posed", "data.own"),
         ("data",),
         ("models.layers", "models.potentials", "models.group"),
         ("models.likelihoods",),
@@ -67,7 +67,19 @@ LAYERS = {
 # some data needs may be missing; and the command line can do without what takes seconds for help and errors.
 LATE = {
     "tvae_kernels": {"_check_triton", "_import_triton", "fuses_latents"},
-    "tvae": {"_read_mnist", "_opened_hdf5", "launch", "_made", "_train", "_report", "_draw", "run", "main"},
+    "tvae": {
+        "_read_mnist",
+        "_opened_hdf5",
+        "_image",
+        "_video",
+        "launch",
+        "_made",
+        "_train",
+        "_report",
+        "_draw",
+        "run",
+        "main",
+    },
 }
 packages = pytest.mark.parametrize("package", LAYERS)
 

@@ -257,6 +257,21 @@ def test_how_far_real_digits_move_along_open_paths():
         assert found == pytest.approx(levels, abs=0.06)
 
 
+@pytest.mark.parametrize(("name", "folder"), [("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_data_of_the_format_moves_as_digits_do(name, folder, mnist_dir, tmp_path):
+    source, digits = open_source(name, "test", mnist_dir), MNISTSequences(mnist_dir, "test")
+    raw = (mnist_dir / folder / "raw/t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert source.images.numpy().tobytes() == raw != digits.images.numpy().tobytes()
+    examples, factors = torch.tensor([3, 0]), torch.tensor([[[2, 4, 7], [3, 4, 7]]] * 2)
+    frames = source.render(examples, factors)
+    digits.images = source.images
+    assert torch.equal(frames, digits.render(examples, factors))
+    assert len(set(source.classes)) == 10
+    assert source.classes[9] in ("ankle boot", "wo")
+    with pytest.raises(DataError, match=rf"cannot read {folder} from {tmp_path}/{folder}/raw .* holds {folder}/raw"):
+        open_source(name, "train", tmp_path)
+
+
 def test_missing_mnist_names_the_folder(tmp_path):
     with pytest.raises(DataError, match=r"MNIST/raw.*pass --data-dir") as raised:
         open_source("mnist", "train", tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from tvae.config import Config, EvaluationSettings, TrainingSettings
 from tvae.models import TVAE, VAE, BubbleVAE
-from tvae.presets import DEFAULT_PRESET, PRESETS, coherence_length, describe
+from tvae.presets import DEFAULT_PRESET, OWN_PRESET, PRESETS, coherence_length, describe
 from tvae_kernels import Neighborhood
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -129,6 +129,7 @@ def test_few_presets_have_names_of_another_form():
     assert set(PRESETS) - set(NAMED) - set(COMPARED) - set(FLOWS) - set(CLUSTERS) == {
         DEFAULT_PRESET,
         "quickstart",
+        OWN_PRESET,
         "mnist-still-tvae-torus",
         "sprites-shifts-tvae-axes",
         "sprites-shifts-tvae-told",

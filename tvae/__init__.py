@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-__all__ = ["ELBO", "TVAE", "VAE", "BubbleVAE", "SequenceModel", "load"]
+__all__ = ["ELBO", "TVAE", "VAE", "BubbleVAE", "SequenceModel", "load", "open_sequences"]
 
 
 def __getattr__(name: str) -> object:
@@ -12,4 +12,4 @@ def __getattr__(name: str) -> object:
     # package is missing, or that it was interrupted, while PyTorch takes its seconds.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".models", __name__), name)
+    return getattr(import_module(".data" if name == "open_sequences" else ".models", __name__), name)

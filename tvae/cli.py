@@ -29,12 +29,12 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 from .config import Config, EvaluationSettings, LoggerKind, Sources, StepKind, check_logger, check_run, choices
-from .data import CACHE, SOURCES, DataError, FixedSequences, SequenceSource, SequenceStream
+from .data import CACHE, SOURCES, DataError, FixedSequences, Sequences, SequenceSource, SequenceStream, is_path
 from .data.dsprites import DSpritesSequences
 from .files import expanded
 from .models import MODELS, ModelSettings, SequenceModel, find
 from .models.likelihoods import LIKELIHOODS
-from .presets import DEFAULT_PRESET, PRESETS
+from .presets import DEFAULT_PRESET, OWN_PRESET, PRESETS
 from .progress import phase, progress
 from .training.processes import Launched, disconnect, find_device
 from .training.run import Run, RunError
@@ -88,6 +88,7 @@ class Train:
             device = find_device(self.device)
             check_run(config, self.step, device, Launched.find().count)
             check_logger(self.logger)
+            config = _looked_at(config)
         sources = Sources(config, device)
         run_dir = expanded(self.run_dir)
         if Launched.find().rank == 0:  # the other processes wait for the first one when they connect with it
@@ -384,8 +385,15 @@ def _parsed(arguments: list[str]) -> Train | Resume | Evaluate | Traverse | Repr
 
 def _defaults(arguments: list[str]) -> Train:
     """Return what `tvae train` does with the preset and the model that the words name, and no other options."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
+    data = _option("--data", arguments) or ""
+    if data in PRESETS and data not in SOURCES:
+        raise UsageError(f"{data} is a preset, and no data: tvae train {data}")
+    own = bool(data) and (is_path(data) or isinstance(SOURCES.get(data), Sequences))
+    default = OWN_PRESET if own else DEFAULT_PRESET
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else default
     if name not in PRESETS:
+        if is_path(name):
+            raise UsageError(f"{name} is no preset; for sequences of your own: tvae train --data {name}")
         raise UsageError(f"unknown preset {name!r}{_similar(name, PRESETS)}; `tvae presets` lists them")
     config, model = PRESETS[name].config, _option("--model", arguments)
     if model is not None:
@@ -449,6 +457,16 @@ def _with_folder(config: Config, folder: Path | None) -> Config:
     return replace(config, data=replace(config.data, folder=expanded(folder).resolve()))
 
 
+def _looked_at(config: Config) -> Config:
+    """Look at sequences of the user's own, if these are, say what was found, and return how they are known again."""
+    with phase(f"looking at {config.data.name}", console):
+        data, found = config.data.look()
+    if Launched.find().rank == 0:
+        for sequences in found:
+            console.print(str(sequences), soft_wrap=True, markup=False, highlight=False)
+    return replace(config, data=data)
+
+
 def _check(config: Config, sources: Sources) -> None:
     """Check all that can be checked before anything is written."""
     settings, launched = config.training, Launched.find()
@@ -484,7 +502,7 @@ def _memory_of(device: torch.device) -> int | None:
 def _opened(sources: Sources, split: Literal["train", "test"], console: Console = console) -> SequenceSource:
     """Open the sequences of one split, and say so where that takes its time."""
     name = sources.config.data.name
-    if SOURCES[name].files is None:
+    if not is_path(name) and SOURCES[name].files is None:
         return sources[split]
     with phase(f"opening {name}", console):
         return sources[split]
@@ -526,15 +544,16 @@ def _report(
     )
     with progress("evaluating", len(sequences.batches), console=shown) as show:
         rows = evaluation.evaluate(model, sequences, settings, show, lambda: _opened(sources, "train", shown))
+    count = min(settings.sequences, len(sequences.source)) if sequences.source.recorded else settings.sequences
     if as_json:
-        print(evaluation.to_json(rows, settings.sequences))
+        print(evaluation.to_json(rows, count))
     else:
-        title = f"{run.path}: {settings.sequences:,} test sequences after {steps:,} steps"
+        title = f"{run.path}: {count:,} test sequences after {steps:,} steps"
         console.print(evaluation.table(rows, title))
     if settings == run.config.evaluation:
         try:
             with run.lock():
-                evaluation.save(rows, settings.sequences, run.evaluation_file)
+                evaluation.save(rows, count, run.evaluation_file)
         except (OSError, RunError) as error:
             print(f"tvae: warning: the metrics are not written: {error}", file=sys.stderr)
     wrong = [row.label for row in rows if row.unit == "nats/frame" and not math.isfinite(row.value)]

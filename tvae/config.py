@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -14,7 +14,7 @@ import torch
 import tyro
 from pydantic import Field
 
-from .data import CACHE, SOURCES, SequenceSource, open_source
+from .data import CACHE, SOURCES, DataError, Sequences, SequenceSource, is_path, located, open_sequences, open_source
 from .files import expanded
 from .models import ModelSettings, SequenceModel, find, model_of
 from .settings import Count, Number, Whole, settings
@@ -29,7 +29,7 @@ def choices(registry: dict) -> Callable[[str], str]:
     return lambda default: f"({', '.join(registry)}; default: {default})"
 
 
-_FROM_SOURCES = choices(SOURCES)
+_FROM_SOURCES = lambda default: f"({', '.join(SOURCES)}, or a path; default: {default})"  # noqa: E731
 
 
 @settings
@@ -42,25 +42,27 @@ class DataSettings:
     together; still digits; digits on open paths, of which one factor advances and does not come round, and of these 0
     to 7 alone, or 8 and 9; digits in pairs of poses, turned, or shifted and scaled as well, and digits that turn once
     around, whose classes shall be found; our own rooms (no files needed), in the manner of 3D Shapes, on open paths; or
-    the real 3D Shapes on the same."""
+    the real 3D Shapes on the same. A path is that of your own: a .npy or .npz file, or a folder of folders of frames or
+    of videos (docs/own-data.md)."""
     evaluation: Annotated[str | None, tyro.conf.arg(name="evaluation-data")] = None
-    """Sequences to evaluate on, where they are not of the same kind."""
+    """Sequences to evaluate on, where they are not of the same kind; all of your own."""
     folder: Annotated[Path | None, tyro.conf.arg(name="data-dir")] = None
-    """Folder of local data files. Without it, mnist and dsprites are downloaded to ~/.cache/tvae once; shapes3d is
-    looked for there, and not downloaded."""
+    """Folder of local data files. Without it, mnist, its like and dsprites are downloaded to ~/.cache/tvae once;
+    shapes3d is looked for there, and not downloaded. Your own sequences are there, if not where they were."""
+    contents: Annotated[str | None, tyro.conf.Suppress] = None
+    """Of your own sequences: what was found, with a checksum, which must be found again."""
+    evaluation_contents: Annotated[str | None, tyro.conf.Suppress] = None
+    """The same of those to evaluate on."""
 
     def __post_init__(self):
         for name in (self.name, self.evaluation):
-            if name is not None and name not in SOURCES:
+            if name is not None and name not in SOURCES and not is_path(name):
                 raise ValueError(
-                    f"no data {name!r} is registered, only {', '.join(SOURCES)}; import the file that defines it"
+                    f"no data {name!r} is registered, only {', '.join(SOURCES)}; import the file that defines it, or "
+                    "give the path of your own sequences"
                 )
-        if self.evaluation is not None:
-            trained, evaluated = (getattr(SOURCES[name], "image_shape", None) for name in (self.name, self.evaluation))
-            if trained != evaluated:
-                raise ValueError(
-                    f"a model of {self.name} images, {trained}, cannot be evaluated on {self.evaluation}, {evaluated}"
-                )
+        if not any(name is not None and is_path(name) for name in (self.name, self.evaluation)):
+            _check_shapes(SOURCES[self.name], SOURCES.get(self.evaluation))
 
     def open(self, split: Literal["train", "validation", "test"], device: torch.device | str = "cpu") -> SequenceSource:
         """Open the sequences of one split; those of "test" are of the kind to evaluate on.
@@ -69,11 +71,47 @@ class DataSettings:
             DataError: the data is missing or damaged.
 
         """
-        name = self.evaluation or self.name if split == "test" else self.name
-        folder, files = self.folder, SOURCES[name].files
+        is_other = split == "test" and self.evaluation is not None
+        name, contents = (self.evaluation, self.evaluation_contents) if is_other else (self.name, self.contents)
+        own = is_path(name) or isinstance(SOURCES[name], Sequences)
+        folder, files = self.folder, None if own else SOURCES[name].files
         if folder is None and files is not None:
             folder = expanded(CACHE) / files
-        return open_source(name, split, folder, device, download=self.folder is None)
+        part = "all" if own and is_other and name != self.name else split
+        source = open_source(name, part, folder, device, download=self.folder is None)
+        if contents is not None and contents != source.contents:
+            raise DataError(
+                f"the sequences of {source.name} have changed: they were {contents}, are {source.contents}; put the "
+                "old ones back, or train a new run"
+            )
+        return source
+
+    def look(self) -> tuple[DataSettings, list[Sequences]]:
+        """Look at sequences of the user's own; return the settings by which they are known again, and them.
+
+        Raises:
+            DataError: they are missing or not what they should be.
+
+        """
+        values, found = vars(self).copy(), {}
+        for name, contents in (("name", "contents"), ("evaluation", "evaluation_contents")):
+            value = values[name]
+            if value is None or isinstance(SOURCES.get(value), type):
+                continue
+            own = open_sequences(located(value, self.folder)) if is_path(value) else SOURCES[value]
+            values |= {name: own.name, contents: own.contents}
+            found[own.name] = own
+        _check_shapes(*(found.get(values[x], SOURCES.get(values[x])) for x in ("name", "evaluation")))
+        return DataSettings(**values), list(found.values())
+
+
+def _check_shapes(trained: SequenceSource, evaluated: SequenceSource | None) -> None:
+    """Refuse to evaluate on images of another shape, where shapes are known."""
+    first, second = (getattr(source, "image_shape", None) for source in (trained, evaluated))
+    if evaluated is not None and first != second:
+        raise ValueError(
+            f"a model of {trained.name} images, {first}, cannot be evaluated on {evaluated.name}, {second}"
+        )
 
 
 @settings
@@ -146,6 +184,10 @@ class Config:
         """Return the class that the model's settings belong to."""
         return model_of(self.model)
 
+    def on(self, data: Sequences) -> Config:
+        """Return the same configuration for sequences that `tvae.open_sequences` has opened."""
+        return replace(self, data=DataSettings(data.name, contents=data.contents))
+
     def open_source(self, split: Literal["train", "test"], device: torch.device | str = "cpu") -> SequenceSource:
         """Open the sequences of one split, which fit the model; those of "test" are of the kind to evaluate on.
 
@@ -165,6 +207,9 @@ class Config:
     def to_json(self) -> str:
         """Write the configuration as JSON text."""
         values = asdict(self)
+        for name in ("contents", "evaluation_contents"):
+            if values["data"][name] is None:
+                del values["data"][name]
         values["model"] = {"name": self.model_class.name, **values["model"]}
         return json.dumps(values, default=str, indent=2) + "\n"
 
@@ -288,7 +333,7 @@ def check_machine(
     for name, value, choices in (("step", kind, get_args(StepKind)), ("precision", precision, get_args(Precision))):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-    if kind == "graph" and data is not None and not SOURCES[data].capturable:
+    if kind == "graph" and data is not None and not (data in SOURCES and SOURCES[data].capturable):
         raise ValueError(
             f"--step graph is for data that is made on the GPU, not for {data}, which is read from its file batch by "
             "batch; use --step eager or compiled"

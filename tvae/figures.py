@@ -45,7 +45,7 @@ def portrait(model: SequenceModel, source: SequenceSource, batch_size: int) -> t
 
     Of sequences, capsule traversals; of still images and capsules of two axes, the map of the torus.
     """
-    if source.sequence_length == 1:
+    if source.sequence_length == 1 and model.rolls is not None and model.rolls.is_multidimensional:
         return "torus", torus_map(model, FixedSequences.take(source, len(source), batch_size).batches)
     return "traversals", traversals(model, source)
 
@@ -331,7 +331,10 @@ def some_of_each(source: SequenceSource, each: int) -> SequenceBatch:
     A shape is what no sequence changes: the first factor, where it does not transform. Of a source without
     transformations all sequences are of one kind.
     """
-    batch = SequenceStream(source, min(64, len(source)), FIGURE_SEED)[0]
+    known = (
+        64 if source.factors else each
+    )  # all are of one kind where nothing is known, and the first ones are the same
+    batch = SequenceStream(source, min(known, len(source)), FIGURE_SEED)[0]
     kinds = torch.zeros(len(batch.images)) if batch.transformation is None else batch.transformation
     still = bool(source.factors) and not source.factors[0].transforms
     shapes = batch.factors[:, 0, 0].tolist() if still else [0] * len(batch.images)

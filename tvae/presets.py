@@ -28,6 +28,7 @@ from .models import (
 from .models.group import DIMENSIONS
 
 DEFAULT_PRESET = "shapes-tvae"
+OWN_PRESET = "own"  # of the user's own sequences
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,15 @@ def _add(
     PRESETS[name] = Preset(config, ", ".join(filter(None, (describe(config), text))))
 
 
+def _add_own() -> None:
+    """Add what sequences of the user's own are trained by: of any length, and they need not come round."""
+    training = TrainingSettings(**_ADAM, steps=3000)
+    _add(OWN_PRESET, DataSettings(), TVAE.Settings(neighborhood=_OPEN_WINDOW), training, "for your own: --data PATH")
+
+
 _add_shapes()
 _add_quickstart()
+_add_own()
 _add_mnist()
 _add_sprites("sprites")
 _add_sprites("dsprites")

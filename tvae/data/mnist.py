@@ -1,4 +1,4 @@
-"""MNIST digits that turn, grow, lean back in space and change colour."""
+"""MNIST digits, and images of its format, that turn, grow, lean back in space and change colour."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class MNISTSequences(SequenceSource):
 
     name = "mnist"
     files = "mnist"
+    dataset: ClassVar[str] = "MNIST"  # the name of torchvision's class, and of the folder that it reads
     classes = tuple("0123456789")
     image_shape = (3, 28, 28)
     sequence_length = 18
@@ -44,7 +45,7 @@ class MNISTSequences(SequenceSource):
 
     def __init__(self, data_dir: str | Path, split: str, device: torch.device | str = "cpu", download: bool = False):
         self.device = torch.device(device)
-        images, self.labels = _read_mnist(Path(data_dir), split, download)
+        images, self.labels = _read_mnist(self.dataset, Path(data_dir), split, download)
         self.images = images.to(self.device)  # (example, 28, 28) uint8
         angle = torch.tensor(self.factors[0].values, dtype=torch.float64, device="cpu").deg2rad()
         self._cos, self._sin = angle.cos().float().to(self.device), angle.sin().float().to(self.device)
@@ -90,6 +91,33 @@ class MNISTSequences(SequenceSource):
         # product in affine_grid would round by batch size, threads and TF32 settings.
         cos, sin = self._cos[rotation] / self._scale[scale], self._sin[rotation] / self._scale[scale]
         return cos * x - sin * y, sin * x + cos * y
+
+
+class FashionMNISTSequences(MNISTSequences):
+    """Clothes of Fashion-MNIST (Xiao et al. 2017), which move as the digits of `MNISTSequences` do.
+
+    Read from data_dir/FashionMNIST/raw. Otherwise as `MNISTSequences`.
+    """
+
+    name = "fashion-mnist"
+    files = "fashion-mnist"
+    dataset = "FashionMNIST"
+    classes = (
+        *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+        *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+    )
+
+
+class KMNISTSequences(MNISTSequences):
+    """Cursive characters of KMNIST (Clanuwat et al. 2018), which move as the digits of `MNISTSequences` do.
+
+    Read from data_dir/KMNIST/raw. Otherwise as `MNISTSequences`.
+    """
+
+    name = "kmnist"
+    files = "kmnist"
+    dataset = "KMNIST"
+    classes = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 
 class MNISTRotationHueSequences(MNISTSequences):
@@ -191,34 +219,34 @@ def sampled(digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return F.grid_sample(digits[:, None], grid, align_corners=False).view(x.shape)
 
 
-def _read_mnist(data_dir: Path, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """Read images (N, 28, 28) uint8 and labels (N,) int64 of one split, on the CPU."""
+def _read_mnist(name: str, data_dir: Path, split: str, download: bool) -> tuple[Tensor, Tensor]:
+    """Read images (N, 28, 28) uint8 and labels (N,) int64 of one split of torchvision's data set, on the CPU."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
     # Here and not above: the other sources must work where torchvision is missing or does not fit torch.
     try:
-        from torchvision.datasets import MNIST
+        from torchvision import datasets
     except (ImportError, RuntimeError) as error:
         raise DataError(
-            f"MNIST is read by torchvision, which cannot be imported here ({error}); "
+            f"{name} is read by torchvision, which cannot be imported here ({error}); "
             "install the torchvision that belongs to this torch"
         ) from error
     try:
-        mnist = MNIST(data_dir, train=split != "test", download=download)
+        mnist = getattr(datasets, name)(data_dir, train=split != "test", download=download)
     except Exception as error:  # a damaged file fails in any of half a dozen ways, bare assertions among them
         raise DataError(
-            f"cannot read MNIST from {data_dir / 'MNIST' / 'raw'} ({error!r}); "
-            "pass --data-dir with the folder that holds MNIST/raw, or allow the download"
+            f"cannot read {name} from {data_dir / name / 'raw'} ({error!r}); "
+            f"pass --data-dir with the folder that holds {name}/raw, or allow the download"
         ) from error
     if mnist.data.dtype != torch.uint8 or mnist.data.shape[1:] != (28, 28) or len(mnist.targets) != len(mnist.data):
         found = f"{mnist.data.dtype} {tuple(mnist.data.shape)} with {len(mnist.targets)} labels"
         raise DataError(
-            f"MNIST in {data_dir / 'MNIST'} should be images of uint8 (N, 28, 28) with N labels, found {found}; "
+            f"{name} in {data_dir / name} should be images of uint8 (N, 28, 28) with N labels, found {found}; "
             "delete the folder, `processed` in it, too, and download it again"
         )
     if len(mnist.targets) and not 0 <= mnist.targets.min() <= mnist.targets.max() <= 9:
         found = f"{mnist.targets.min()} to {mnist.targets.max()}"
-        raise DataError(f"MNIST in {data_dir / 'MNIST'} should have labels from 0 to 9, found {found}")
+        raise DataError(f"{name} in {data_dir / name} should have labels from 0 to 9, found {found}")
     if split == "test":
         return mnist.data, mnist.targets
     order = torch.randperm(len(mnist.data), generator=seeded_generator(0), device="cpu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -74,6 +75,8 @@ class SequenceSource(ABC):
     clustered: ClassVar[bool] = False  # models are asked what class an example is of, whatever its poses
     combined: ClassVar[bool] = False  # a sequence advances all factors that transform at once, not one of them
     capturable: ClassVar[bool] = True  # `render` computes on the device alone, so that a CUDA graph can hold it
+    recorded: ClassVar[bool] = False  # an example is a sequence that is there already: nothing of it is drawn
+    contents: str | None = None  # what is read from where others may come to stand, with a checksum
     files: ClassVar[str | None] = None  # folder of the cache that holds what the source reads; None if it reads nothing
     device: torch.device = torch.device("cpu")
 
@@ -255,16 +258,41 @@ class SequenceStream(Dataset[SequenceBatch]):
 
 @dataclass(frozen=True)
 class FixedSequences:
-    """The sequences that every model is evaluated on, made once and kept: 0.17 MB each of MNIST, 0.25 MB of sprites."""
+    """The sequences that every model is evaluated on, made once and kept: 0.17 MB each of MNIST, 0.25 MB of sprites.
+
+    Recorded ones are not kept, but read again for each who asks.
+    """
 
     source: SequenceSource
-    batches: list[SequenceBatch]
+    batches: Sequence[SequenceBatch]
 
     @classmethod
     def take(cls, source: SequenceSource, sequences: int, batch_size: int) -> FixedSequences:
-        """Take the first `sequences` of the seeded stream of the test split, rounded up to whole batches."""
+        """Take the first `sequences` of the seeded stream of the test split, rounded up to whole batches.
+
+        Of a recorded source each is taken once, in its order, as many as there are.
+        """
+        if source.recorded:
+            examples = torch.arange(min(sequences, len(source)), device="cpu")
+            return cls(source, RecordedBatches(source, examples.split(batch_size)))
         stream = SequenceStream(source, batch_size, EVALUATION_SEED)
         return cls(source, [stream[i] for i in range(-(-sequences // batch_size))])
+
+
+@dataclass(frozen=True)
+class RecordedBatches(Sequence[SequenceBatch]):
+    """Batches of a recorded source, of the examples in each, read when they are asked for."""
+
+    source: SequenceSource
+    examples: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> SequenceBatch:
+        examples = self.examples[i]
+        nothing = torch.zeros(len(examples), dtype=torch.int64, device="cpu")
+        return self.source.sequences(examples, nothing[:, None].expand(-1, len(self.source.factors)), nothing)
 
 
 def seeded_generator(seed: int, purpose: int = _SPLIT, index: int = 0) -> torch.Generator:
