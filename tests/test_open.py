@@ -278,8 +278,8 @@ def test_a_source_without_factors_and_labels_is_trained_on_evaluated_and_drawn(m
     assert capsys.readouterr().err == (
         f"tvae: error: cannot read {run}/config.json: data: no data 'dots' is registered, only "
         "sprites, sprites-shifts, shapes, dsprites, mnist, fashion-mnist, kmnist, mnist-rotation-hue, "
-        "mnist-perspective-hue, mnist-still, mnist-open, mnist-open-seen, mnist-open-unseen, mnist-posed, mnist-posed-shift, "
-        "mnist-posed-scale, mnist-turning, rooms, shapes3d; "
+        "mnist-perspective-hue, mnist-still, mnist-open, mnist-open-seen, mnist-open-unseen, mnist-posed, "
+        "mnist-posed-shift, mnist-posed-scale, mnist-turning, rooms, shapes3d; "
         "import the file that defines it, or give the path of your own sequences\n"
     )
 
