@@ -40,6 +40,8 @@ LAYERS = {
         ("models.cluster_vae",),
         ("models",),
         ("config", "figures"),
+        ("animations",),
+        ("play",),
         ("metrics.base",),
         (
             "metrics.equivariance",
@@ -67,7 +69,19 @@ LAYERS = {
 # some data needs may be missing; and the command line can do without what takes seconds for help and errors.
 LATE = {
     "tvae_kernels": {"_check_triton", "_import_triton", "fuses_latents"},
-    "tvae": {"_read_mnist", "_opened_hdf5", "launch", "_train", "_report", "_draw", "run", "main"},
+    "tvae": {
+        "_read_mnist",
+        "_opened_hdf5",
+        "launch",
+        "_train",
+        "_report",
+        "_draw",
+        "_animate",
+        "writer",
+        "find_nicegui",
+        "run",
+        "main",
+    },
 }
 packages = pytest.mark.parametrize("package", LAYERS)
 
