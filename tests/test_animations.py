@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,16 +151,19 @@ def test_what_stands_still_is_refused(kind, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_made_leaves_the_one_before(panels, tmp_path):
-    path = tmp_path / "t.gif"
+def test_a_file_that_cannot_be_written_leaves_the_one_before(panels, tmp_path, monkeypatch):
+    path = tmp_path / "t.html"
     path.write_text("before")
 
-    def fail(panels, caption):
+    def write_half(place, data):
+        with place.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("no room")
 
-    with pytest.raises(OSError, match="no room"):
-        animations.save(fail, panels, path)
-    assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [("t.gif", "before")]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(Path, "write_bytes", write_half)
+        animations.save(animations.writer("html"), panels, path)
+    assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [("t.html", "before")]
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -218,9 +218,9 @@ def _window_sliders(ui, player: Player) -> tuple:
     sliders = []
     with ui.row().classes("items-center w-full no-wrap"):
         for name, value, end in zip(("frames", "positions"), player.window, most, strict=True):
-            text = ui.label().classes("w-80")
+            text = ui.label().classes("whitespace-nowrap")
             slider = ui.slider(min=1, max=end, value=value).mark(name)
-            after = f"{name} of the window, trained with {value}"
-            text.bind_text_from(slider, "value", lambda n, after=after: f"{n} {after}")
+            words = f"window, {name}: {{}} (trained with {value})"
+            text.bind_text_from(slider, "value", words.format)
             sliders.append(slider)
     return tuple(sliders)
