@@ -20,6 +20,7 @@ from tvae.figures import Panel
 from tvae.models import MODELS
 from tvae.training import Run
 
+ROOT = Path(__file__).parent.parent
 STEPS = 5
 MOVE = "const s = document.getElementById('frame'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
 
@@ -119,6 +120,23 @@ def test_a_page_holds_all_its_images_and_its_slider_fits_the_frames(panels):
     labels = [found["aria-label"] for tag, found in page.elements if found.get("role") == "img"]
     assert labels == ["x: input", "&: input", "x: Roll_l(t_0)", "&: Roll_l(t_0)"]
     assert [tag for tag, _ in page.elements].count("sub") == 2
+
+
+def test_the_documents_have_a_page_and_an_animation_of_the_quickstart():
+    file = ROOT / "docs/roll.html"
+    page = Page(file.read_text(encoding="utf-8"))
+    assert file.stat().st_size < 2**20
+    assert "TVAE on sprites, after 1,400 steps" in page.text
+    (slider,) = [found for tag, found in page.elements if found.get("type") == "range"]
+    assert len(page.loaded) == 3 * 4  # rows, transformations
+    for address in page.loaded:
+        assert address.startswith("data:image/png;base64,")
+        strip = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+        assert strip.size == (64 * (int(slider["max"]) + 1), 64)
+    file = ROOT / "docs/images/quickstart.gif"
+    assert file.stat().st_size < 2**21
+    with Image.open(file) as animation:
+        assert animation.n_frames == int(slider["max"]) + 1 == 15
 
 
 @pytest.mark.slow
