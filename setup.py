@@ -39,8 +39,18 @@ setup(
             "typing_extensions>=4.10",
         ],
         "shapes3d": ["h5py>=3.10"],  # to read the real 3D Shapes, and nothing else
-        "video": ["av>=13"],  # to read the user's own videos, and nothing else
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "h5py>=3.10", "av>=13", "ruff"],
+        "video": ["av>=14"],  # to read videos of the user's own, and to write mp4
+        "play": ["nicegui>=3"],  # for the page of `tvae play`
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "h5py>=3.10",
+            "av>=14",
+            "nicegui>=3",
+            "selenium>=4",  # with a Chromium, if there is one
+            "ruff",
+        ],
         "bench": ["pytest-benchmark>=4"],
     },
     entry_points={"console_scripts": ["tvae = tvae.__main__:main"]},

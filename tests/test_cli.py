@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow  # mark what is not `quick`
 
 ROOT = Path(__file__).parent.parent
 TINY = "--capsules 2 --steps 3 --evaluation-sequences 8 --importance-samples 2"
-COMMANDS = ("train", "evaluate", "traverse", "reproduce", "presets")
+COMMANDS = ("train", "evaluate", "traverse", "play", "reproduce", "presets")
 
 
 def tvae(arguments):
@@ -457,9 +457,9 @@ def test_the_page_of_the_reproduction_has_blocks_for_targets_alone_and_shows_the
 WRONG_WORDS = [
     (
         "trian",
-        "unknown command 'trian', did you mean train?; choose from train, evaluate, traverse, reproduce, presets",
+        "unknown command 'trian', did you mean train?; choose from train, evaluate, traverse, play, reproduce, presets",
     ),
-    ("xyz", "unknown command 'xyz'; choose from train, evaluate, traverse, reproduce, presets"),
+    ("xyz", "unknown command 'xyz'; choose from train, evaluate, traverse, play, reproduce, presets"),
     ("help trian", "unknown command 'trian', did you mean train?"),
     ("--verson", "unrecognized options: --verson"),
     ("train no-such", "unknown preset 'no-such'; `tvae presets` lists them"),

@@ -40,6 +40,8 @@ LAYERS = {
         ("models.cluster_vae",),
         ("models",),
         ("config", "figures"),
+        ("animations",),
+        ("play",),
         ("metrics.base",),
         (
             "metrics.equivariance",
@@ -77,6 +79,9 @@ LATE = {
         "_train",
         "_report",
         "_draw",
+        "_animate",
+        "writer",
+        "find_nicegui",
         "run",
         "main",
     },

@@ -192,6 +192,14 @@ def test_processes_that_share_a_batch_have_its_parts():
         SequenceStream(Echo(), 6, seed=1, processes=4)
 
 
+def test_joined_batches_have_the_sequences_of_all():
+    stream = SequenceStream(SpriteSequences(), 4, seed=0)
+    joined = SequenceBatch.joined([stream[0], stream[1]])
+    assert_same(joined.select([0, 1, 2, 3]), stream[0].select([0, 1, 2, 3]))
+    assert_same(joined.select([4, 5, 6, 7]), stream[1].select([0, 1, 2, 3]))
+    assert (len(joined.images), joined.total, joined.label) == (8, None, None)
+
+
 def test_selected_sequences_are_a_batch_of_their_own():
     """In the order in which they are asked for, of all that is known, without their place in another batch."""
     parts = [torch.randn(5, 3, 1, 2, 2), torch.arange(30).view(5, 3, 2), *torch.arange(15).view(3, 5)]

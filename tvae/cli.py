@@ -1,4 +1,4 @@
-"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse`, `tvae reproduce` and `tvae presets`.
+"""The command line: `tvae train`, `tvae evaluate`, `tvae traverse`, `tvae play`, `tvae reproduce` and `tvae presets`.
 
 A file of one's own that registers models, sources, metrics or presets ends with `sys.exit(main())` and is then this
 command line with all of these: `python mine.py train ...`.
@@ -29,7 +29,17 @@ from rich.markdown import Markdown
 from rich.table import Column, Table
 
 from .config import Config, EvaluationSettings, LoggerKind, Sources, StepKind, check_logger, check_run, choices
-from .data import CACHE, SOURCES, DataError, FixedSequences, Sequences, SequenceSource, SequenceStream, is_path
+from .data import (
+    CACHE,
+    SOURCES,
+    DataError,
+    FixedSequences,
+    SequenceBatch,
+    Sequences,
+    SequenceSource,
+    SequenceStream,
+    is_path,
+)
 from .data.dsprites import DSpritesSequences
 from .files import expanded
 from .models import MODELS, ModelSettings, SequenceModel, find
@@ -50,7 +60,8 @@ Topographic VAEs and their rivals: train them, measure how equivariant their cap
 
 `tvae --tyro-print-completion bash` prints completions for the shell."""
 
-COMMANDS = ("train", "evaluate", "traverse", "reproduce", "presets")
+COMMANDS = ("train", "evaluate", "traverse", "play", "reproduce", "presets")
+_PLAYED = 64  # sequences of the test set on the page of `tvae play`
 Device = Literal["auto", "cpu", "cuda"]
 console = Console()
 _FROM_MODELS = choices(MODELS)
@@ -176,9 +187,47 @@ class Evaluate(OfRun):
 class Traverse(OfRun):
     """Draw the capsule traversals of a trained model."""
 
+    format: Literal["png", "gif", "mp4", "html"] = "png"
+    """As what: a figure of all frames, an animation, a video, which takes the extra `video`, or a page with a slider,
+    which a browser opens without a server."""
+
     def run(self) -> int:
         """Carry the command out; returns the exit status."""
-        _draw(*self.open())
+        if self.format == "png":
+            _draw(*self.open())
+        else:
+            _animate(*self.open(), self.format)
+        return 0
+
+
+@dataclass(frozen=True)
+class Play(OfRun):
+    """Move the capsules of a trained model by hand, on a page in the browser; takes the extra `play`."""
+
+    port: int = 8080
+    """Where the page is: http://HOST:PORT."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Anything but the default lets other machines see the page, and use this one."""
+    browser: bool = True
+    """Whether to open the page in a browser."""
+
+    def run(self) -> int:
+        """Carry the command out; returns the exit status."""
+        from . import play
+        from .figures import titles_of
+
+        nicegui = play.find_nicegui()
+        with _wrong_values():
+            play.check_address(self.host, self.port)
+        run, model, sources = self.open()
+        source, settings = _opened(sources, "test"), sources.config
+        count = min(_PLAYED, settings.evaluation.sequences)
+        with phase("drawing sequences", console):
+            batches = FixedSequences.take(source, count, settings.training.batch_size).batches
+        batch = SequenceBatch.joined(batches).select(list(range(count)))
+        player = play.Player(model, batch, titles_of(source, batch))
+        console.print(f"{run.path}: http://{self.host}:{self.port}, until Ctrl-C", soft_wrap=True, markup=False)
+        play.serve(nicegui, player, self.host, self.port, self.browser, _described(model, sources))
         return 0
 
 
@@ -352,7 +401,7 @@ def _heeding_interruptions() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _parsed(arguments: list[str]) -> Train | Resume | Evaluate | Traverse | Reproduce | Presets:
+def _parsed(arguments: list[str]) -> Train | Resume | Evaluate | Traverse | Play | Reproduce | Presets:
     """Make the command that the words name.
 
     Raises:
@@ -367,6 +416,7 @@ def _parsed(arguments: list[str]) -> Train | Resume | Evaluate | Traverse | Repr
         Annotated[training, first],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Traverse, tyro.conf.subcommand("traverse")],
+        Annotated[Play, tyro.conf.subcommand("play")],
         Annotated[Reproduce, tyro.conf.subcommand("reproduce")],
         Annotated[Presets, tyro.conf.subcommand("presets")],
     ]
@@ -573,6 +623,23 @@ def _draw(run: Run, model: SequenceModel, sources: Sources) -> None:
         figures.save(figure, path)
     titles = {"torus": "most activating images", "traversals": "capsule traversals"}
     console.print(f"{titles[name]}: {path}", soft_wrap=True, markup=False)
+
+
+def _animate(run: Run, model: SequenceModel, sources: Sources, kind: str) -> None:
+    """Write the capsule traversals into the run as a file of frames that move, and print the path."""
+    from . import animations, figures
+
+    write, source = animations.writer(kind), _opened(sources, "test")
+    path = run.figures / f"traversals.{kind}"
+    with phase("drawing", console):
+        animations.save(write, figures.traversal_panels(model, source), path, _described(model, sources))
+    console.print(f"capsule traversals: {path}", soft_wrap=True, markup=False)
+
+
+def _described(model: SequenceModel, sources: Sources) -> str:
+    """Say in a line what a trained model is."""
+    config = sources.config
+    return f"{type(model).__name__} on {config.data.name}, after {config.training.steps:,} steps"
 
 
 def _sprites(choice: Literal["auto", "sprites", "dsprites"], data_dir: Path | None) -> str:

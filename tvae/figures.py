@@ -168,7 +168,7 @@ def titles_of(source: SequenceSource, batch: SequenceBatch) -> list[str]:
 def draw_panels(columns: list[list[Panel]]) -> Figure:
     """Draw columns of panels from top to bottom, every frame at the same size."""
     heights = [sum(_TITLE + _FRAME * len(panel.images) for panel in column) for column in columns]
-    labels = [max(_LABELS, *(_width(x) for panel in column for x in panel.labels)) for column in columns]
+    labels = [max(_LABELS, *(label_width(x) for panel in column for x in panel.labels)) for column in columns]
     frames = [_FRAME * max(panel.images.shape[1] for panel in column) for column in columns]
     widths = [sum(pair) for pair in zip(labels, frames, strict=True)]
     width, height = sum(widths) + _MARGIN, max(heights) + _MARGIN
@@ -190,7 +190,7 @@ def draw_panels(columns: list[list[Panel]]) -> Figure:
     return figure
 
 
-def _width(label: str) -> float:
+def label_width(label: str) -> float:
     """Return the inches that a label takes: 7-point letters, of which 16 take less than one, if they are wide."""
     return len(re.sub(r"[$_]", "", label)) / 16 + _MARGIN
 

@@ -45,6 +45,12 @@ class SequenceBatch(NamedTuple):
     first: int = 0  # number of the first of these sequences in the whole batch
     total: int | None = None  # sequences of the whole batch; None where this is all of it
 
+    @classmethod
+    def joined(cls, batches: list[SequenceBatch]) -> SequenceBatch:
+        """Make one batch of the sequences of several of one source."""
+        fields = zip(*(batch[:6] for batch in batches), strict=True)
+        return cls(*(None if x[0] is None else torch.cat(x) for x in fields))
+
     def select(self, indices: list[int] | Tensor) -> SequenceBatch:
         """Take some of the sequences, as a batch of their own."""
         return SequenceBatch(*(None if x is None else x[indices] for x in self[:6]))

@@ -244,11 +244,17 @@ class SequenceModel(nn.Module):
         """Roll the capsules `(B, C, D)` of one frame to all of the frames before and after it, `(B, steps, C, D)`."""
         return torch.stack([roll_capsules(t, l - frame, self.rolls, axis) for l in range(steps)], dim=1)
 
-    def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
-        """Return the images of every motion that the model can make of `t_0`, by what they are called in figures."""
+    def motions(self, batch: SequenceBatch, steps: int) -> dict[str, Capsules]:
+        """Return every motion that the model can make of `t_0`, `(B, steps, C, D)`, by what it is called in figures."""
+        t = self.encode(batch, sample=False)[:, 0]
         if self.rolls.root_count == 1:
-            return {"Roll$_l(t_0)$": self.traverse(batch)}
-        return {f"Roll$_l(t_0)$, axis {a}": self.traverse(batch, axis=a) for a in range(self.rolls.root_count)}
+            return {"Roll$_l(t_0)$": self.rolled(t, steps)}
+        return {f"Roll$_l(t_0)$, axis {a}": self.rolled(t, steps, axis=a) for a in range(self.rolls.root_count)}
+
+    def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
+        """Return the images that a figure shows below those of a batch: of every motion, by what it is called."""
+        motions = self.motions(batch, batch.images.shape[1])
+        return {name: self.likelihood.mean(self.decode(path)) for name, path in motions.items()}
 
     def project_weights(self) -> None:
         """Scale the rows of "projected" weights back to norm 1; to be called after every step of the optimiser."""

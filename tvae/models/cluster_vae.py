@@ -24,6 +24,7 @@ from .weak_flow_vae import balance
 _TEMPERATURE = 10.0  # of the responsibilities of prototypes, whose likelihoods differ by some 50 nats
 _SPREAD = 0.7  # of the means of the clusters at the start; further apart, one would take all
 _SHIFT, _GROWTH = 0.25, 0.25  # standard deviations: of shifts in half images, and of the logarithm of a size
+_OTHER_MOTIONS = ("shifted in x", "shifted in y", "grown")  # than turns, in the order of a group's numbers
 
 ByStart = Float[Tensor, "*batch start number"]  # values for every start of the pose
 
@@ -325,6 +326,23 @@ class ClusterVAE(VAE):
         angle = (start[..., 0] + pose[..., 0] * self.spread[0]).rad2deg()
         cluster = self.log_densities(code).argmax(-1)
         return Identified(cluster, len(self.means), code, angle, self.canonical(t))
+
+    def motions(self, batch: SequenceBatch, steps: int) -> dict[str, Capsules]:
+        """Return the capsules of frame 0, turned once around, and moved there and back along all else of the group.
+
+        A turn is of the start, each other motion of its number in τ, by up to two standard deviations of its prior.
+        """
+        t, _ = self.typical(batch.images[:, :1])
+        turn = 2 * math.pi * torch.arange(steps, dtype=t.dtype, device=t.device) / steps
+        first, moves = sum(self.sizes[:2]), {"turned": (turn, -1)}
+        for i, name in enumerate(_OTHER_MOTIONS[: self.sizes[2] - 1], 1):
+            moves[name] = 2 * turn.sin(), first + i
+        paths = {}
+        for name, (move, number) in moves.items():
+            path = t.repeat(1, steps, 1)
+            path[..., number] += move
+            paths[name] = path.unflatten(-1, self.capsule_shape)
+        return paths
 
     def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
         """Return the canonical image of every frame, and that of the mean of its cluster."""

@@ -160,11 +160,11 @@ class PotentialFlow(VAE):
             raise ValueError(f"mix must be of {frames - 1} steps, got {tuple(mix.shape)}")
         return self.path(self.follow(z, mix))
 
-    def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
-        """Return the images of every flow from the posterior mean of frame 0, by the number of the flow."""
-        count, frames, z = self.settings.transformations, batch.images.shape[1], self.start(batch)
-        paths = self.path(self.walk(z.expand(count, *z.shape), frames).points)
-        return {f"flow {k}": self.likelihood.mean(self.decode(path)) for k, path in enumerate(paths, 1)}
+    def motions(self, batch: SequenceBatch, steps: int) -> dict[str, Capsules]:
+        """Return the path of every flow from the posterior mean of frame 0, by the number of the flow."""
+        z = self.start(batch)
+        walk = self.walk(z.expand(self.settings.transformations, *z.shape), steps)
+        return {f"flow {k}": path for k, path in enumerate(self.path(walk.points), 1)}
 
     @torch.no_grad()
     def folds(self, batch: SequenceBatch) -> Bool[Tensor, "batch step"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import field
+from dataclasses import field, fields, replace
 from typing import Literal
 
 import torch
@@ -182,6 +182,27 @@ class TVAE(SequenceModel):
             return self.rolled(t, steps)
         along = torch.stack([self.rolled(t, steps, axis=a) for a in range(self.rolls.root_count)])
         return along[self.axis(batch), torch.arange(len(t), device=t.device)]
+
+    def with_window(self, time_window: int, capsule_window: int | tuple[int, ...]) -> TVAE:
+        """Return a model of the same networks and `mu`, which it shares, with a window of another size.
+
+        Raises:
+            ValueError: the window does not fit, or its weights are learned, or the encoder of `u` is for another size.
+
+        """
+        if self.settings.window != "ones":
+            raise ValueError("a window with learned weights has the size that it was trained with")
+        values = {x.name: getattr(self.settings, x.name) for x in fields(self.settings)}
+        values["neighborhood"] = replace(
+            self.settings.neighborhood, time_window=time_window, capsule_window=capsule_window
+        )
+        networks = {name: getattr(self, name) for name in ("z_encoder", "u_encoder", "decoder")}
+        model = type(self)(self.image_shape, **values, **networks, backend=self.topographic.backend)
+        if model.u_shape != self.u_shape:
+            found, needed = self.u_shape[1], model.u_shape[1]
+            raise ValueError(f"this window needs u at {needed} positions of a capsule, the encoder gives {found}")
+        model.topographic.mu = self.topographic.mu
+        return model.train(self.training)
 
     def sample(self, sequences: int, time: int, axis: Axis | None = None) -> Images:
         """Draw images of `sequences` sequences of `time` frames from the prior, on the model's device."""

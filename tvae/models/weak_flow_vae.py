@@ -104,9 +104,10 @@ class WeakFlowVAE(FlowVAE):
         """Return the path of the inferred flow from the posterior mean of frame 0, whatever the mix."""
         return super().moved(batch)
 
-    def traversals(self, batch: SequenceBatch) -> dict[str, Images]:
-        """Return the images of every flow from the posterior mean of frame 0, and those of the inferred one."""
-        return {**super().traversals(batch), "flow inferred": self.likelihood.mean(self.decode(self.moved(batch)))}
+    def motions(self, batch: SequenceBatch, steps: int) -> dict[str, Capsules]:
+        """Return the path of every flow from the posterior mean of frame 0, and that of the inferred one."""
+        inferred = self.walk_along(self.start(batch), steps, self.flow_of(batch))
+        return {**super().motions(batch, steps), "flow inferred": self.path(inferred.points)}
 
     def frames_seen(self, steps: int) -> Tensor:
         """Return that all frames take part in the path of the inferred flow."""
