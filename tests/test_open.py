@@ -280,7 +280,7 @@ def test_a_source_without_factors_and_labels_is_trained_on_evaluated_and_drawn(m
         "sprites, sprites-shifts, dsprites, mnist, fashion-mnist, kmnist, mnist-rotation-hue, mnist-perspective-hue, "
         "mnist-still, mnist-open, mnist-open-seen, mnist-open-unseen, mnist-posed, mnist-posed-shift, "
         "mnist-posed-scale, mnist-turning, rooms, shapes3d; "
-        "import the file that defines it\n"
+        "import the file that defines it, or give the path of your own sequences\n"
     )
 
 
