@@ -366,6 +366,16 @@ def test_folders_of_another_kind_are_refused(what, message):
         tvae.open_sequences("frames")
 
 
+def test_the_sizes_of_all_frames_are_checked_before_any_is_needed():
+    save_frames(Path("frames"), moving(100, 3))
+    source = tvae.open_sequences("frames")["all"]
+    spoil("size")  # of a sequence that is not looked at
+    with pytest.raises(DataError, match=r"found 1x15x16 in .*/frames/take 2/3.png"):
+        tvae.open_sequences("frames")
+    with pytest.raises(DataError, match=r"found 1x15x16 in .*/frames/take 2/3.png"):
+        source.render(torch.tensor([1]), None)
+
+
 def test_one_folder_of_frames_is_refused():
     save_frames(Path("frames"), moving(3, 2))
     with pytest.raises(DataError, match=r"found neither \(one folder of frames is one sequence: pass the folder that"):

@@ -331,9 +331,8 @@ def some_of_each(source: SequenceSource, each: int) -> SequenceBatch:
     A shape is what no sequence changes: the first factor, where it does not transform. Of a source without
     transformations all sequences are of one kind.
     """
-    known = (
-        64 if source.factors else each
-    )  # all are of one kind where nothing is known, and the first ones are the same
+    # Where nothing is known all are of one kind, and the first ones are the same of a smaller batch.
+    known = 64 if source.factors else each
     batch = SequenceStream(source, min(known, len(source)), FIGURE_SEED)[0]
     kinds = torch.zeros(len(batch.images)) if batch.transformation is None else batch.transformation
     still = bool(source.factors) and not source.factors[0].transforms
