@@ -151,8 +151,8 @@ def table(result: Result) -> str:
 
 # --- potentials -------------------------------------------------------------------------------------------------------
 
-# From potentials, points `(1, N, n)` and the times of steps to all points on the way, and what the equation leaves over at
-# those that steps start from.
+# From potentials, points `(1, N, n)` and the times of steps: all points on the way, and what the equation leaves over
+# where a step starts.
 Derive = Callable[[Potentials, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
