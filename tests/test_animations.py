@@ -122,18 +122,18 @@ def test_a_page_holds_all_its_images_and_its_slider_fits_the_frames(panels):
     assert [tag for tag, _ in page.elements].count("sub") == 2
 
 
-def test_the_documents_have_a_page_and_an_animation_of_the_quickstart():
+def test_the_documents_have_a_page_and_an_animation_of_shapes():
     file = ROOT / "docs/roll.html"
     page = Page(file.read_text(encoding="utf-8"))
     assert file.stat().st_size < 2**20
-    assert "TVAE on sprites, after 1,400 steps" in page.text
+    assert "TVAE on shapes, after 6,000 steps" in page.text
     (slider,) = [found for tag, found in page.elements if found.get("type") == "range"]
-    assert len(page.loaded) == 3 * 4  # rows, transformations
+    assert len(page.loaded) == 3 * 2  # rows, transformations
     for address in page.loaded:
         assert address.startswith("data:image/png;base64,")
         strip = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
-        assert strip.size == (64 * (int(slider["max"]) + 1), 64)
-    file = ROOT / "docs/images/quickstart.gif"
+        assert strip.size == (32 * (int(slider["max"]) + 1), 32)
+    file = ROOT / "docs/images/shapes.gif"
     assert file.stat().st_size < 2**21
     with Image.open(file) as animation:
         assert animation.n_frames == int(slider["max"]) + 1 == 15
