@@ -509,6 +509,8 @@ def _with_folder(config: Config, folder: Path | None) -> Config:
 
 def _looked_at(config: Config) -> Config:
     """Look at sequences of the user's own, if these are, say what was found, and return how they are known again."""
+    if all(name is None or isinstance(SOURCES.get(name), type) for name in (config.data.name, config.data.evaluation)):
+        return config
     with phase(f"looking at {config.data.name}", console):
         data, found = config.data.look()
     if Launched.find().rank == 0:
