@@ -206,7 +206,8 @@ dist.destroy_process_group()
 @pytest.mark.exhaustive
 def test_the_example_of_the_page_gives_what_the_whole_sequence_gives(tmp_path):
     page = (Path(__file__).parent.parent / "docs/training.md").read_text(encoding="utf-8")
-    (tmp_path / "split.py").write_text(SEEDED + page.split("```python\n")[1].split("```")[0] + WHOLE)
+    part = page.split("## Sequences split over processes\n")[1]
+    (tmp_path / "split.py").write_text(SEEDED + part.split("```python\n")[1].split("```")[0] + WHOLE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "split.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
