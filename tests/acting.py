@@ -51,13 +51,13 @@ def with_model(config, **values):
 
 @contextlib.contextmanager
 def often(log=2, checkpoint=5):
-    """Log and save every few steps."""
-    before = loop.LOG_EVERY, loop.CHECKPOINT_EVERY
-    loop.LOG_EVERY, loop.CHECKPOINT_EVERY = log, checkpoint
+    """Log and save every few steps, and validate on few sequences."""
+    before = loop.LOG_EVERY, loop.CHECKPOINT_EVERY, loop.VALIDATION_SEQUENCES
+    loop.LOG_EVERY, loop.CHECKPOINT_EVERY, loop.VALIDATION_SEQUENCES = log, checkpoint, 16
     try:
         yield
     finally:
-        loop.LOG_EVERY, loop.CHECKPOINT_EVERY = before
+        loop.LOG_EVERY, loop.CHECKPOINT_EVERY, loop.VALIDATION_SEQUENCES = before
 
 
 @contextlib.contextmanager

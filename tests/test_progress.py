@@ -99,6 +99,7 @@ def test_a_short_phase_is_not_worth_a_line(monkeypatch):
     assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_of_every_run_are_seen(tmp_path, capsys):
     patch = tiny.presets()
     try:
@@ -112,6 +113,7 @@ def test_training_and_evaluating_of_every_run_are_seen(tmp_path, capsys):
     assert [line.partition(", loss")[0] for line in lines if line.startswith(("training", "evaluating"))] == 2 * one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["reproduce", "train", "traverse"])
 def test_drawing_and_opening_are_phases(command, tmp_path, monkeypatch, mnist_dir):
     """Of every command that draws or opens files."""

@@ -69,6 +69,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     assert train(Run.open(run.path), "cpu") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread raises, too
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_state(tmp_path):
     whole, run = Run.create(tmp_path / "whole", SMALL), Run.create(tmp_path / "run", SMALL)
@@ -121,6 +122,7 @@ def test_half_a_row_that_a_crash_has_left_is_no_row(log, kept):
     assert rows_until(50, log) == kept
 
 
+@pytest.mark.slow
 def test_a_log_of_an_older_version_goes_on_with_its_columns(tmp_path):
     whole, run = Run.create(tmp_path / "whole", SMALL), Run.create(tmp_path / "run", SMALL)
     assert train(whole, "cpu") is not None

@@ -79,6 +79,7 @@ def _played(monkeypatch):
     monkeypatch.setattr(loop, "check_run", lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_played")
 @pytest.mark.parametrize("config", [SMALL, with_training(SMALL, optimizer="adam"), AXES], ids=["sgd", "adam", "axes"])
 def test_what_is_captured_and_replayed_is_the_eager_step_interruptions_included(config, tmp_path):
@@ -198,6 +199,7 @@ def test_bfloat16_rounds_the_products_and_neither_noise_nor_likelihood():
     assert unit / 10 < error < 6 * math.sqrt(3) * unit
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_follows_training_in_float32(tmp_path):
     runs = [
         Run.create(tmp_path / p, with_training(SMALL, precision=p, learning_rate=1e-4))
