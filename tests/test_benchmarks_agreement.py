@@ -28,7 +28,6 @@ class Wrong(GivenNoise):
         return super().sample(z, torch.stack((1.001 * mean, log_variance), 2), *arguments, **settings)
 
 
-@pytest.mark.slow
 def test_training_fused_and_in_other_precisions_is_compared_by_its_metrics(tmp_path):
     wrong = replace(FUSED, name="wrong", variant=Variant(Wrong))
     chosen = [*agreement.trainings(SPRITES, CPU), wrong]
