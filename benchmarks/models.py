@@ -215,7 +215,7 @@ RESIDUALS: Mapping[str, Mapping[str, Derive]] = {
 }
 
 
-class Walk:
+class TimedWalk:
     """Takes points along one potential, and the gradients of what they and their residuals come to."""
 
     def __init__(self, derive: Derive, potentials: Potentials, z: Tensor):
@@ -265,7 +265,7 @@ def measure_potentials(
     timed, errors, wanted = {}, {}, None
     for name, derive in derivations.items():
         say(f"check {name}")
-        walk = Walk(derive, potentials, z)
+        walk = TimedWalk(derive, potentials, z)
         found = walk.step()
         wanted = wanted or found
         errors[name] = check(name, found, wanted, bound)

@@ -222,7 +222,7 @@ def test_without_the_extra_a_video_is_refused_in_one_line(run, monkeypatch, caps
     assert tvae(f"traverse {run.path} --format mp4") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tvae: error: mp4 is written by PyAV, which cannot be imported here (")
-    assert line.endswith('install the extra video, pip install "tvae-kernels[video]", or take --format gif')
+    assert line.endswith('install the extra video: pip install "tvae-kernels[video]"; or take --format gif')
     assert not run.figures.exists()
 
 

@@ -128,6 +128,15 @@ def test_validation_is_of_fixed_sequences_that_no_step_sees(tmp_path, monkeypatc
         assert {name: float(x) for name, x in row.items() if name != "step"} == pytest.approx(values)
 
 
+def test_few_sequences_for_validation_are_taken_as_they_are(tmp_path):
+    """Of a split that has fewer than a batch."""
+    sources, run = Sources(SMALL), Run.create(tmp_path / "run", SMALL)
+    few = sources["validation"]
+    few.__class__ = type("Few", (type(few),), {"__len__": lambda source: 1})
+    assert train(run, "cpu", sources=sources) is not None
+    assert run.validation.read_bytes().count(b"\n") == 4
+
+
 @pytest.mark.slow
 def test_what_is_shown_in_a_browser(tmp_path):
     """Numbers of both parts, and what the model makes of a sequence of every transformation."""
@@ -185,11 +194,11 @@ def test_loggers_that_there_are_not_are_named(tmp_path, monkeypatch):
 
 def test_the_learning_rate_grows_at_first_and_falls_along_a_cosine():
     settings = TrainingSettings(warmup_steps=3, decay_from=0.5, steps=12)
-    found = [settings.rate(step) for step in range(12)]
+    found = [settings.rate_factor(step) for step in range(12)]
     expected = [0.25, 0.5, 0.75, 1, 1, 1, 1] + [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(1, 6)]
     assert found == pytest.approx(expected, rel=1e-15)
-    assert [TrainingSettings(steps=12).rate(step) for step in (0, 5, 11)] == [1, 1, 1]
-    assert TrainingSettings(decay_from=0, steps=2).rate(1) == pytest.approx(0.5)
+    assert [TrainingSettings(steps=12).rate_factor(step) for step in (0, 5, 11)] == [1, 1, 1]
+    assert TrainingSettings(decay_from=0, steps=2).rate_factor(1) == pytest.approx(0.5)
     for wrong in ({"warmup_steps": -1}, {"decay_from": 1.5}, {"decay_from": -0.1}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: input should be"):
             TrainingSettings(**wrong)
@@ -217,7 +226,7 @@ def test_every_step_has_its_learning_rate(kind, tmp_path, monkeypatch):
     run = Run.create(tmp_path / "run", config)
     assert train(run, "cpu", step=kind, sources=interrupted_at(config, 6)) is None
     assert train(run, "cpu", step=kind) is not None
-    expected = [config.training.learning_rate * config.training.rate(step) for step in range(12)]
+    expected = [config.training.learning_rate * config.training.rate_factor(step) for step in range(12)]
     assert rates == pytest.approx(expected, rel=1e-7)
     assert len(set(rates)) > 8
     assert places == {None} if kind == "eager" else len(places) == 2 and None not in places

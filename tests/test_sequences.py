@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tvae.data import EVALUATION_SEED, Factor, FixedSequences, SequenceBatch, SequenceSource, SequenceStream
+from tvae.data import (
+    EVALUATION_SEED,
+    Factor,
+    FixedSequences,
+    SequenceBatch,
+    SequenceSource,
+    SequenceStream,
+    open_source,
+)
 from tvae.data.mnist import MNISTSequences
 from tvae.data.sequences import seeded_generator
 from tvae.data.sprites import SpriteSequences
@@ -259,13 +267,12 @@ def test_fixed_sequences_are_the_first_of_the_seeded_stream_in_whole_batches():
         assert_same(batch, SequenceStream(source, 10, EVALUATION_SEED)[i])
 
 
-@pytest.mark.parametrize("kind", ["mnist", "sprites"])
+@pytest.mark.parametrize("kind", ["mnist", "sprites", "shapes"])
 def test_sources_make_the_same_whatever_the_defaults_are(kind, mnist_dir):
     """float32 on the source's own device, here with a default device that has no memory."""
 
     def first():
-        source = MNISTSequences(mnist_dir, "train") if kind == "mnist" else SpriteSequences()
-        return SequenceStream(source, 4, seed=0)[1]
+        return SequenceStream(open_source(kind, "train", mnist_dir), 4, seed=0)[1]
 
     expected, before = first(), torch.get_default_dtype()
     try:

@@ -1,7 +1,11 @@
 """Shapes close up, and whether what a model decodes of them is recognised and turned as it should be."""
 
+import csv
 import hashlib
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +115,39 @@ def test_it_is_a_metric_of_shapes_alone(batch):
     model, metric = VAE(ShapeSequences.image_shape, 2, 3), DecodedShapes()
     metric.measure(model, batch, None)
     assert len(metric.rows()) == 2  # it has no motion of its own
+
+
+def test_it_depends_neither_on_batches_nor_on_pytorchs_defaults(batch):
+    """Nor on their order; here with a default device that has no memory, and another default type."""
+    noisy = batch.images.roll(1, 0) * 0.5 + batch.images * 0.5
+    frames = torch.arange(15) > 4
+
+    def found(*parts):
+        metric = DecodedShapes()
+        for part in parts:
+            metric.update("moved", noisy[part], batch.factors[part], frames)
+        return metric.compute()
+
+    expected, whole = found(torch.arange(48)), torch.arange(48).split([1, 20, 27])
+    assert 0.3 < expected["recognised, moved"][0] < 0.99
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        with torch.device("meta"):
+            assert found(*reversed(whole)) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_readme_has_the_numbers_of_the_committed_result():
+    root = Path(__file__).parent.parent
+    metrics = json.loads((root / "results/shapes-tvae/evaluation.json").read_text())["metrics"]
+    known = {x["part"]: x for x in metrics if x["key"] == "shapes"}
+    seen, turned = known["recognised, moved"], known["orientation, moved"]
+    page = (root / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\d+\.\d", page.split("results/shapes-tvae/evaluation.json")[1].split("![")[0])
+    shares = [f"{100 * seen[name]:.1f}" for name in ("value", "chance")]
+    assert shown == [*shares, *(f"{turned[name]:.1f}" for name in ("value", "chance"))]
+    with (root / "results/shapes-tvae/metrics.csv").open(newline="") as log:
+        (*_, last) = csv.DictReader(log)
+    assert f"a loss near {float(last['loss']):.0f} nats a frame after {int(last['step']):,} steps" in page

@@ -43,7 +43,7 @@ def writer(kind: str) -> Write:
     except ImportError as error:
         raise ValueError(
             f"mp4 is written by PyAV, which cannot be imported here ({error}); "
-            'install the extra video, pip install "tvae-kernels[video]", or take --format gif'
+            'install the extra video: pip install "tvae-kernels[video]"; or take --format gif'
         ) from error
     return lambda panels, caption: _mp4(av, panels)
 

@@ -143,13 +143,13 @@ class TrainingSettings:
         """Say whether the learning rate is another one in some of the steps."""
         return self.warmup_steps > 0 or self.decay_from < 1
 
-    def rate(self, step: int) -> float:
-        """Return the part of the learning rate that step number `step` takes, from 0."""
-        rate = min(1.0, (step + 1) / (self.warmup_steps + 1))
+    def rate_factor(self, step: int) -> float:
+        """Return what step number `step`, from 0, multiplies the learning rate by."""
+        factor = min(1.0, (step + 1) / (self.warmup_steps + 1))
         start = self.decay_from * self.steps
         if step > start:
-            rate *= (1 + math.cos(math.pi * (step - start) / (self.steps - start))) / 2
-        return rate
+            factor *= (1 + math.cos(math.pi * (step - start) / (self.steps - start))) / 2
+        return factor
 
 
 @settings
@@ -188,7 +188,9 @@ class Config:
         """Return the same configuration for sequences that `tvae.open_sequences` has opened."""
         return replace(self, data=DataSettings(data.name, contents=data.contents))
 
-    def open_source(self, split: Literal["train", "test"], device: torch.device | str = "cpu") -> SequenceSource:
+    def open_source(
+        self, split: Literal["train", "validation", "test"], device: torch.device | str = "cpu"
+    ) -> SequenceSource:
         """Open the sequences of one split, which fit the model; those of "test" are of the kind to evaluate on.
 
         Raises:

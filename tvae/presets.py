@@ -90,18 +90,13 @@ def _family(data: str) -> _Family:
     return _Family(DataSettings(data), 15, TrainingSettings(steps=632_800))  # 100 epochs of 50,625 // 8 batches
 
 
-def _add_shapes() -> None:
+def _add_first() -> None:
+    """Add what is trained first: in minutes, with Adam and nothing to download."""
+    model, evaluation = TVAE.Settings(neighborhood=Neighborhood(10, 1)), EvaluationSettings(sequences=200)
     training = TrainingSettings("adam", 1e-3, warmup_steps=200, decay_from=0.4, steps=6000)
-    config = Config(DataSettings("shapes"), TVAE.Settings(neighborhood=Neighborhood(10, 1)), training)
-    config = replace(config, evaluation=EvaluationSettings(sequences=200))
-    PRESETS[DEFAULT_PRESET] = Preset(config, "TVAE, L=1/3, K=1; Adam")
-
-
-def _add_quickstart() -> None:
-    training = TrainingSettings(optimizer="adam", learning_rate=5e-4, steps=1400)
-    config = Config(DataSettings(), TVAE.Settings(neighborhood=Neighborhood(10, 1)), training)
-    config = replace(config, evaluation=EvaluationSettings(sequences=200))
-    PRESETS["quickstart"] = Preset(config, "TVAE, L=1/3, K=1; Adam")
+    _add(DEFAULT_PRESET, DataSettings("shapes"), model, training, "Adam", evaluation)
+    training = TrainingSettings("adam", 5e-4, steps=1400)
+    _add("quickstart", DataSettings(), model, training, "Adam", evaluation)
 
 
 def _add_mnist() -> None:
@@ -263,8 +258,7 @@ def _add_own() -> None:
     _add(OWN_PRESET, DataSettings(), TVAE.Settings(neighborhood=_OPEN_WINDOW), training, "for your own: --data PATH")
 
 
-_add_shapes()
-_add_quickstart()
+_add_first()
 _add_own()
 _add_mnist()
 _add_sprites("sprites")

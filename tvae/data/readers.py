@@ -362,7 +362,8 @@ def _video(path: Path) -> Iterator:
         import av
     except ImportError as error:
         raise DataError(
-            f'videos are read by PyAV, which is missing: pip install "tvae-kernels[video]" ({error})'
+            f"videos are read by PyAV, which cannot be imported here ({error}); "
+            'install the extra video: pip install "tvae-kernels[video]"'
         ) from error
     try:
         with av.open(str(path)) as container:

@@ -14,7 +14,7 @@ from .base import EvaluationMetric, Row
 
 _ELLIPSE, _HEART = (ShapeSequences.classes.index(name) for name in ("ellipse", "heart"))
 _PERIODS = {_ELLIPSE: 180.0, _HEART: 360.0}  # degrees after which a shape is the same again
-_ORIENTATIONS = torch.tensor(ShapeSequences.factors[2].values, dtype=torch.float64).rad2deg()
+_ORIENTATIONS = torch.tensor(ShapeSequences.factors[2].values, dtype=torch.float64, device="cpu").rad2deg()
 
 Drawings = Float[Tensor, "image height width"]
 
@@ -33,7 +33,7 @@ class DecodedShapes(EvaluationMetric):
         super().__init__()
         self.drawings = draw_shapes()
         upright = self.drawings[_HEART, -1, 0][None].double()
-        self.upright = orientations(upright, torch.tensor([_HEART]), 0.0)
+        self.upright = orientations(upright, torch.tensor([_HEART], device="cpu"), 0.0)
         for part in ("reconstruction", "moved"):
             for state in ("right", "error", "shape"):
                 self.add_state(f"{part}_{state}", [], dist_reduce_fx="cat")
@@ -46,7 +46,7 @@ class DecodedShapes(EvaluationMetric):
     def measure(self, model: SequenceModel, batch: SequenceBatch, elbo: ELBO) -> None:
         """Add what the model decodes of a batch."""
         frames = batch.images.shape[1]
-        every = torch.ones(frames, dtype=torch.bool)
+        every = torch.ones(frames, dtype=torch.bool, device="cpu")
         self.update("reconstruction", model.reconstruct(batch), batch.factors, every)
         unseen, path = ~model.frames_seen(frames), model.moved(batch)
         if path is not None and unseen.any():
@@ -108,7 +108,7 @@ def recognised(
 def orientations(grey: Drawings, shape: Int[Tensor, " image"], upright: float | Tensor) -> Float[Tensor, " image"]:
     """Return by how many degrees ellipses and hearts are turned counter-clockwise, by their moments."""
     size = grey.shape[-1]
-    centres = torch.arange(size, dtype=grey.dtype) - (size - 1) / 2
+    centres = torch.arange(size, dtype=grey.dtype, device="cpu") - (size - 1) / 2
     x, y = centres[None, :].expand(size, size), -centres[:, None].expand(size, size)  # rows grow downwards
     mass = grey.sum((-1, -2), keepdim=True).clamp(min=1e-12)
     x, y = (p - (grey * p).sum((-1, -2), keepdim=True) / mass for p in (x, y))

@@ -35,13 +35,13 @@ class TrainingLog:
 
     def __init__(self, run: Run, step: int, logger: LoggerKind | Logger = "tensorboard"):
         self._run = run
-        self._rows = {"train": Rows(run, run.metrics, step), "validation": Rows(run, run.validation, step)}
+        self._files = {"train": CSVLog(run, run.metrics, step), "validation": CSVLog(run, run.validation, step)}
         with run.writing():
             self._logger = _made(logger, run, step)
 
     def log(self, step: int, values: Mapping[str, float], part: Literal["train", "validation"] = "train") -> None:
         """Append one row."""
-        self._rows[part].append(step, values)
+        self._files[part].append(step, values)
         if self._logger is not None:
             with self._run.writing(), _disk_errors():
                 self._logger.log_metrics({f"{part}/{name}": value for name, value in values.items()}, step)
@@ -86,7 +86,7 @@ def _made(logger: LoggerKind | Logger, run: Run, step: int) -> Logger | None:
     return logger
 
 
-class Rows:
+class CSVLog:
     """A CSV file of a run, of numbers by step."""
 
     def __init__(self, run: Run, path: Path, step: int):

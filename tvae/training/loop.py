@@ -99,7 +99,7 @@ def _train(
     with fabric.rank_zero_first(local=True):  # which may download the data
         if sources is None or sources.device != fabric.device:
             sources = Sources(config, fabric.device)
-        source = sources["train"]
+        source, _ = sources["train"], sources["validation"]  # which is missing now, if at all
     stream = SequenceStream(source, settings.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
     model = untrained_model(config, source)
     optimizer = build_optimizer(settings, model)
@@ -127,7 +127,7 @@ def _train(
         start = time.perf_counter()
         while done < settings.steps:
             seed_noise(settings.seed, done)
-            set_rates(optimizer, [rate * settings.rate(done) for rate in rates])
+            set_rates(optimizer, [rate * settings.rate_factor(done) for rate in rates])
             elbo = take_step(done)
             done += 1
 
@@ -143,7 +143,7 @@ def _train(
             (stop,) = highest(fabric, interrupted())  # the same in all processes; SIGTERM outranks SIGINT
             regular = done % CHECKPOINT_EVERY == 0 or done == settings.steps
             if regular:  # and not where a run is interrupted, so that a resumed one has the same rows
-                on_first(fabric, look, log, done, model.module, sources)
+                on_first(fabric, log_validation, log, done, model.module, sources)
             if regular or stop:
                 on_first(fabric, run.save_checkpoint, done, model, optimizer)
             if stop:
@@ -197,9 +197,10 @@ def measure(elbo: ELBO, rolls: Neighborhood | None) -> dict[str, float]:
     return values
 
 
-def look(log: TrainingLog, step: int, model: SequenceModel, sources: Sources) -> None:
+def log_validation(log: TrainingLog, step: int, model: SequenceModel, sources: Sources) -> None:
     """Log how well a model does with sequences that it is not trained on, and show what it makes of some."""
-    source, size = sources["validation"], sources.config.training.batch_size
+    source = sources["validation"]
+    size = min(sources.config.training.batch_size, len(source))
     training = model.training
     log.log(step, validate(model, FixedSequences.take(source, VALIDATION_SEQUENCES, size)), "validation")
     if log.shows_images and source.sequence_length > 1:
